@@ -1,0 +1,124 @@
+"""A plan as flags of Megatron, and upstream's own validation as the first judge of it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import io
+import math
+from typing import Any
+
+from copus_ext.core.errors import UserError
+from copus_ext.core.model_shape import ModelShape
+from copus_ext.core.plan import Layout, Plan
+
+
+def plan_overrides(raw: argparse.Namespace, plan: Plan) -> dict[str, Any]:
+    """Attributes of upstream's *unvalidated* arguments ``raw`` that put ``plan`` into force."""
+    layout = plan.layout
+    recompute: dict[str, Any] = {"recompute_activations": False}
+    if layout.recompute != (raw.recompute_granularity or "none"):
+        recompute |= {"recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None}
+        if layout.recompute != "none":
+            recompute["recompute_granularity"] = layout.recompute
+        if layout.recompute == "full":  # every layer, as --recompute-method uniform --recompute-num-layers 1
+            recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
+    return {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "num_virtual_stages_per_pipeline_rank": layout.vpp if layout.vpp > 1 else None,
+        "num_layers_per_virtual_pipeline_stage": None,  # the other way to say the same
+        "context_parallel_size": layout.cp,
+        "expert_model_parallel_size": layout.ep,
+        "sequence_parallel": layout.sequence_parallel,
+        "use_distributed_optimizer": layout.distributed_optimizer,
+        "micro_batch_size": plan.micro_batch,
+        "global_batch_size": plan.global_batch,
+        **recompute,
+    }
+
+
+def plan_of(raw: argparse.Namespace) -> Plan:
+    """The plan that a command line describes, judged by upstream's validation.
+
+    Args:
+        raw: upstream's arguments before validation; not changed.
+
+    Raises:
+        UserError: flags that do not go together, with what upstream or the plan itself says of them.
+    """
+    from megatron.training.arguments import validate_args
+
+    args = copy.deepcopy(raw)
+    try:
+        if args.micro_batch_size is None:
+            raise UserError("--micro-batch-size is missing")
+        validate_args(args)
+        return _plan_of_validated(args, bool(raw.sequence_parallel))
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise UserError(f"the flags do not go together: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [f"{type(error).__name__} without a message"])[0]
+
+
+def _plan_of_validated(args: argparse.Namespace, sequence_parallel: bool) -> Plan:
+    layout = Layout(
+        dp=args.data_parallel_size,
+        tp=args.tensor_model_parallel_size,
+        pp=args.pipeline_model_parallel_size,
+        vpp=args.virtual_pipeline_model_parallel_size or 1,
+        cp=args.context_parallel_size,
+        ep=args.expert_model_parallel_size,
+        sequence_parallel=sequence_parallel,
+        distributed_optimizer=args.use_distributed_optimizer,
+        recompute=args.recompute_granularity or "none",
+    )
+    return Plan(layout, args.micro_batch_size, args.global_batch_size)
+
+
+def arguments_for(raw: argparse.Namespace, plan: Plan, **more: Any) -> argparse.Namespace:
+    """Upstream's complete, validated arguments for ``plan``.
+
+    Args:
+        raw: as ``parse_args`` gave them, before validation; not changed.
+        plan: what to put into force.
+        more: further attributes to set before validation.
+
+    Raises:
+        AssertionError, ValueError, RuntimeError: upstream's validation refuses the plan.
+    """
+    from megatron.training.arguments import validate_args
+
+    args = copy.deepcopy(raw)
+    for name, value in {**plan_overrides(raw, plan), **more}.items():
+        setattr(args, name, value)
+    # Evaluation must read the same samples whatever the plan, so its batch is the run's, and only its micro-batch follows.
+    if args.eval_global_batch_size:
+        per_rank = max(1, args.eval_global_batch_size // plan.layout.dp)
+        args.eval_micro_batch_size = math.gcd(per_rank, args.eval_micro_batch_size or plan.micro_batch)
+    with contextlib.redirect_stdout(io.StringIO()):
+        validate_args(args)
+    return args
+
+
+def model_shape(args: argparse.Namespace) -> ModelShape:
+    """The model's shape from validated arguments (vocabulary padded)."""
+    return ModelShape(
+        layers=args.num_layers,
+        hidden=args.hidden_size,
+        heads=args.num_attention_heads,
+        kv_heads=args.num_query_groups if args.group_query_attention else args.num_attention_heads,
+        ffn=args.ffn_hidden_size,
+        vocab=args.padded_vocab_size,
+        seq=args.seq_length,
+        gated=bool(args.swiglu),
+        tied=not args.untie_embeddings_and_output_weights,
+        experts=args.num_experts or 0,
+        experts_per_token=args.moe_router_topk if args.num_experts else 1,
+        moe_ffn=(args.moe_ffn_hidden_size or args.ffn_hidden_size) if args.num_experts else 0,
+        param_bytes=2 if args.bf16 or args.fp16 else 4,
+    )

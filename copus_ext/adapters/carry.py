@@ -1,0 +1,123 @@
+"""What of a job's state is not a tensor of the model: step counts, loss scale, schedule position, random numbers."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.training.initialize import _set_random_seed
+
+from copus_ext.adapters.job import Job
+from copus_ext.adapters.job_state import inner_optimizers
+from copus_ext.core.plan import Layout
+
+_NEVER_STEPPED = -1
+_SEED_RANGE = 2**31 - 2**20  # upstream adds small numbers per rank, and numpy's seeds end at 2^32
+
+
+def optimizer_step(job: Job) -> int:
+    """Steps that this rank's optimizer has made; -1 when it has no state yet.
+
+    torch keeps the count with each parameter, fused optimizers keep it in the parameter group, SGD keeps none (0).
+    """
+    counts = [_NEVER_STEPPED]
+    for wrapper in inner_optimizers(job):
+        inner = wrapper.optimizer
+        counts += [int(state.get("step", 0)) for state in inner.state.values() if state]
+        counts += [int(group["step"]) for group in inner.param_groups if "step" in group]
+    return max(counts)
+
+
+def set_optimizer_step(job: Job, step: int) -> None:
+    """Set the count of steps where the job's optimizer keeps one."""
+    for wrapper in inner_optimizers(job):
+        inner = wrapper.optimizer
+        for group in inner.param_groups:
+            if isinstance(inner, torch.optim.Adam):  # and AdamW
+                on_device = group.get("capturable") or group.get("fused")
+                for parameter in group["params"]:
+                    device = parameter.device if on_device else "cpu"
+                    inner.state[parameter]["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
+            elif not isinstance(inner, torch.optim.SGD):
+                group["step"] = step
+
+
+def carry_grad_scaler(old: Job, new: Job) -> None:
+    """The loss scale and its counters, where there is a loss scale (fp16)."""
+    scalers = [s for o in inner_optimizers(old) if (s := getattr(o, "grad_scaler", None))]
+    for wrapper in inner_optimizers(new):
+        if scalers and getattr(wrapper, "grad_scaler", None):
+            wrapper.grad_scaler.load_state_dict(copy.deepcopy(scalers[0].state_dict()))
+
+
+def carry_scheduler(old: Job, new: Job) -> None:
+    """Put the new job's learning-rate schedule where the old one's is.
+
+    Learning rate, its bounds and weight decay then follow from the new job's own arguments.
+    """
+    new.scheduler.num_steps = old.scheduler.num_steps
+    new.scheduler.step(0)
+
+
+@dataclass(frozen=True)
+class RngState:
+    """This rank's random generators as they were in ``layout``. Building a job draws from them: capture before that."""
+
+    layout: Layout
+    python: Any
+    numpy: Any
+    cpu: torch.Tensor
+    device: torch.Tensor
+    trackers: dict[str, Any]
+
+    @classmethod
+    def capture(cls, layout: Layout) -> RngState:
+        """A copy of every generator that training draws from."""
+        trackers = {name: _copy(state) for name, state in get_cuda_rng_tracker().get_states().items()}
+        return cls(
+            layout, random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state(), trackers
+        )
+
+    def restore(self, layout: Layout, args: argparse.Namespace, iteration: int) -> None:
+        """Go on in ``layout``, which must be active.
+
+        With the same ranks in the same places every generator goes on exactly where it was. In another layout there is
+        no such place: a tensor-parallel rank's stream has no meaning with another number of them. There the generators
+        are seeded anew by upstream's rule for that layout, from a seed made of ``args.seed`` and ``iteration``, so that
+        dropout masks of earlier steps do not come again. All ranks must give the same iteration.
+        """
+        if _places(layout) != _places(self.layout):
+            _seed(args, iteration)
+            return
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        torch.cuda.set_rng_state(self.device)
+        get_cuda_rng_tracker().set_states({name: _copy(state) for name, state in self.trackers.items()})
+
+
+def _places(layout: Layout) -> tuple[int, ...]:
+    return layout.dp, layout.tp, layout.pp, layout.cp, layout.ep
+
+
+def _copy(state: Any) -> Any:
+    """Of a tensor, or of a generator where CUDA graphs need one."""
+    return state.clone() if isinstance(state, torch.Tensor) else state.clone_state()
+
+
+def _seed(args: argparse.Namespace, iteration: int) -> None:
+    # Multiplicative hashing (Knuth, TAOCP 6.4): consecutive iterations end far apart, while ranks' seeds stay together.
+    mixed = (args.seed + iteration * 2_654_435_761) % _SEED_RANGE or 1
+    _set_random_seed(
+        mixed,
+        args.data_parallel_random_init,
+        args.te_rng_tracker,
+        args.inference_rng_tracker,
+        use_cudagraphable_rng=args.cuda_graph_impl != "none",
+    )

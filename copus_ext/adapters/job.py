@@ -1,0 +1,77 @@
+"""A model with its optimizer, built by upstream for one plan."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import unwrap_model
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.global_vars import set_args
+from megatron.training.training import setup_model_and_optimizer
+
+from copus_ext.core.plan import Plan
+
+
+@dataclass
+class Job:
+    """What trains: upstream's objects for one plan on this rank.
+
+    ``model`` holds the DDP-wrapped chunks (one, or ``vpp`` of them); ``args`` are upstream's arguments for the plan.
+    """
+
+    plan: Plan
+    args: argparse.Namespace
+    groups: ProcessGroupCollection
+    model: list[torch.nn.Module]
+    optimizer: Any
+    scheduler: Any
+    config: Any
+
+    def release(self) -> None:
+        """Drop every reference that upstream's globals and hooks keep to the model, so that its memory is freed."""
+        for chunk in self.model:
+            if getattr(chunk, "remove_forward_pre_hook_handles", None):
+                chunk.disable_forward_pre_hook(param_sync=False)
+        for name in (
+            "finalize_model_grads_func",
+            "grad_scale_func",
+            "no_sync_func",
+            "grad_sync_func",
+            "param_sync_func",
+        ):
+            setattr(self.config, name, None)
+        self.model, self.optimizer, self.scheduler = [], None, None
+
+
+def build_job(
+    plan: Plan, args: argparse.Namespace, groups: ProcessGroupCollection, *, initialise_weights: bool = True
+) -> Job:
+    """Build model, optimizer and learning-rate scheduler; ``args`` become upstream's global arguments.
+
+    Args:
+        plan: the plan that ``args`` are for.
+        args: validated arguments. ``args.load`` is obeyed: a checkpoint is loaded where it names one.
+        groups: the layout's process groups, which must be the active ones.
+        initialise_weights: False leaves weights as they come from the allocator, for a reshard to fill.
+    """
+    set_args(args)
+    model_config = gpt_config_from_args(args)
+    if not initialise_weights:
+        # Not perform_initialization=False: that also leaves out the tensor-parallel attributes of parameters.
+        model_config.transformer.init_method = _leave_as_is
+        model_config.transformer.output_layer_init_method = _leave_as_is
+        model_config.transformer.embedding_init_method = _leave_as_is
+    container = pretrain_cfg_container_from_args(args, model_config)
+    model, optimizer, scheduler = setup_model_and_optimizer(
+        ModelType.encoder_or_decoder, cfg_container=container, pg_collection=groups, checkpointing_context={}
+    )
+    return Job(plan, args, groups, model, optimizer, scheduler, unwrap_model(model[0]).config)
+
+
+def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
+    return weight

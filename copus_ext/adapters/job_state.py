@@ -1,0 +1,237 @@
+"""This rank's part of a job's state as boxes of logical tensors.
+
+Coordinates come from Megatron's own ``sharded_state_dict`` of the model, so grouped-query attention, gated MLPs, tied
+embeddings, experts and new models come with it. Two logical tensors stand for a parameter:
+
+- ``weight:<name>``: its fp32 main parameter (bf16, fp16) or, in fp32, the parameter itself. Half-precision weights are
+  derived from it. Buffers and frozen parameters of the model are weights too, as they are.
+- ``moments:<name>``: the optimizer's tensors for it, together.
+
+An axis that Megatron prepends (layer, expert) goes into the name: ``weight:decoder.layers.mlp.linear_fc1.weight[3]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from megatron.core.utils import unwrap_model
+
+from copus_ext.adapters.job import Job
+from copus_ext.core.geometry import Box, flat_range_boxes, intersect, shift, strides
+from copus_ext.core.transfer import Holding
+
+_MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",), "sgd": ("momentum_buffer",)}
+_UNCOVERED = {
+    "use_megatron_fsdp": "--use-megatron-fsdp",
+    "use_torch_fsdp2": "--use-torch-fsdp2",
+    "use_precision_aware_optimizer": "--use-precision-aware-optimizer",
+    "optimizer_cpu_offload": "--optimizer-cpu-offload",
+    "fp8_param_gather": "--fp8-param-gather",
+    "fp4_param_gather": "--fp4-param-gather",
+}
+
+
+class UnsupportedReshard(ValueError):
+    """A job whose state this code does not know how to move; said before anything is moved."""
+
+
+class Piece(NamedTuple):
+    """Elements ``[first, first + n)`` of a flattened local tensor of ``shape``, in each of ``tensors`` (1-D, n long)."""
+
+    shape: tuple[int, ...]
+    first: int
+    tensors: tuple[torch.Tensor, ...]
+
+    def views(self, start: tuple[int, ...], shape: tuple[int, ...]) -> list[torch.Tensor]:
+        """The box of ``shape`` that starts at local index ``start``, in each of the tensors, without copying."""
+        steps = strides(self.shape)
+        first = sum(i * s for i, s in zip(start, steps, strict=True)) - self.first
+        return [t.as_strided(shape, steps, t.storage_offset() + first) for t in self.tensors]
+
+
+@dataclass
+class JobState:
+    """Pieces of this rank, and what they hold: ``holdings[i].piece`` is an index into ``pieces``."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    holdings: list[Holding] = field(default_factory=list)
+
+    def add(self, kind: str, piece: Piece, boxes: list[LocalBox]) -> None:
+        """Put a piece in, with the logical boxes of the whole local tensor that it is a flat range of."""
+        number = len(self.pieces)
+        self.pieces.append(piece)
+        item_bytes = sum(t.element_size() for t in piece.tensors)
+        stop = piece.first + piece.tensors[0].numel()
+        for part in flat_range_boxes(piece.shape, piece.first, stop):
+            for name, box, start in boxes:
+                common = intersect(part, Box(start, box.shape))
+                if common:
+                    held = Box(shift(box.offset, common.offset, start), common.shape)
+                    self.holdings.append(Holding(f"{kind}:{name}", held, number, common.offset, item_bytes))
+
+
+class LocalBox(NamedTuple):
+    """``box`` of logical tensor ``name`` starts at index ``start`` of a local tensor."""
+
+    name: str
+    box: Box
+    start: tuple[int, ...]
+
+
+class _Shard(NamedTuple):
+    """What the optimizer on this rank keeps for flat range ``[first, ...)`` of a parameter."""
+
+    optimizer: torch.optim.Optimizer
+    main: torch.Tensor
+    first: int
+
+
+def uncovered(args: argparse.Namespace) -> str | None:
+    """Why a job with these validated arguments cannot be moved; None where it can."""
+    flags = [flag for name, flag in _UNCOVERED.items() if getattr(args, name, False)]
+    if flags:
+        return f"the state of a job with {flags[0]} cannot be moved between layouts yet"
+    if args.optimizer not in _MOMENTS:
+        return f"the state of --optimizer {args.optimizer} cannot be moved between layouts yet"
+    return None
+
+
+def moment_names(args: argparse.Namespace) -> tuple[str, ...]:
+    """The optimizer's tensors per parameter, by upstream's names."""
+    if args.optimizer == "sgd" and not args.sgd_momentum:
+        return ()
+    return _MOMENTS[args.optimizer]
+
+
+def inner_optimizers(job: Job) -> list[Any]:
+    """Upstream's optimizers of this rank that have parameters: one, or one each for dense and expert parameters."""
+    every = getattr(job.optimizer, "chained_optimizers", [job.optimizer])
+    return [optimizer for optimizer in every if not getattr(optimizer, "is_stub_optimizer", False)]
+
+
+def job_state(job: Job, *, with_moments: bool) -> JobState:
+    """Everything of ``job`` on this rank that has to be in another layout too.
+
+    Args:
+        job: its state is looked at, not changed, but for this: moments that the optimizer has not made yet are allocated.
+        with_moments: False where no optimizer step was made yet, so that there are none.
+
+    Raises:
+        UnsupportedReshard: a tensor that cannot be placed in logical coordinates.
+    """
+    state, shards = JobState(), _optimizer_shards(job)
+    names = moment_names(job.args) if with_moments else ()
+    seen: set[int] = set()
+    for entry in _entries(job):
+        tensor = entry.data
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        boxes = _local_boxes(entry)
+        shard = shards.get(id(tensor))
+        shape = tuple(tensor.shape)
+        if shard is None or shard.main.dtype == tensor.dtype:
+            if not (tensor.requires_grad and tensor.dtype != torch.float32):
+                state.add("weight", Piece(shape, 0, (_flat(tensor),)), boxes)
+        else:
+            state.add("weight", Piece(shape, shard.first, (_flat(shard.main),)), boxes)
+        if shard is not None and names:
+            state.add("moments", Piece(shape, shard.first, _moments(shard, names)), boxes)
+    _check_complete(job, seen)
+    return state
+
+
+def _entries(job: Job) -> Iterator[Any]:
+    """What Megatron would checkpoint of the model's tensors on this rank."""
+    for chunk in job.model:
+        # The job's own group: without it, upstream asks parallel_state, where another layout may be active.
+        entries = unwrap_model(chunk).sharded_state_dict(metadata={"dp_cp_group": job.groups.dp_cp})
+        for entry in nested_values(entries):
+            if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.data.numel():
+                yield entry
+            elif not isinstance(entry, ShardedObject | ShardedTensor | ShardedTensorFactory):
+                raise UnsupportedReshard(f"the model keeps a {type(entry).__name__} that is not sharded state")
+
+
+def _local_boxes(entry: Any) -> list[LocalBox]:
+    """Where each part of a local tensor lies in its logical tensor; a gated MLP's has two parts."""
+    if isinstance(entry, ShardedTensor):
+        return [_local_box(entry, (0,) * entry.data.dim())]
+    # A stand-in without memory tells where the factory cuts: its parts are views at their offsets.
+    stand_in = torch.empty(entry.data.shape, dtype=entry.data.dtype, device="meta")
+    boxes = []
+    for part in _parts(entry.build_fn(entry.key, stand_in, entry.replica_id, None)):
+        if part.data._base is not stand_in or part.data.stride() != stand_in.stride():
+            raise UnsupportedReshard(f"Megatron stores {entry.key} rearranged, so it has no place in coordinates")
+        boxes.append(_local_box(part, _index_of(part.data.storage_offset(), tuple(stand_in.shape))))
+    return boxes
+
+
+def _parts(built: Any) -> list[Any]:
+    return list(nested_values(built)) if isinstance(built, dict | list) else [built]
+
+
+def _index_of(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    index = []
+    for step in strides(shape):
+        position, flat = divmod(flat, step)
+        index.append(position)
+    return tuple(index)
+
+
+def _local_box(entry: ShardedTensor, start: tuple[int, ...]) -> LocalBox:
+    prepended = entry.prepend_axis_num
+    place = "".join(f"[{i}]" for i in entry.global_offset[:prepended])
+    return LocalBox(
+        f"{entry.key}{place}", Box(tuple(entry.global_offset[prepended:]), tuple(entry.data.shape)), start
+    )
+
+
+def _optimizer_shards(job: Job) -> dict[int, _Shard]:
+    """What this rank's optimizers keep, by ``id`` of the model's parameter."""
+    return {id(parameter): shard for o in inner_optimizers(job) for parameter, shard in _shards_of(o)}
+
+
+def _shards_of(wrapper: Any) -> Iterator[tuple[torch.Tensor, _Shard]]:
+    inner = wrapper.optimizer
+    if isinstance(wrapper, DistributedOptimizer):
+        for parameter in wrapper.model_param_gbuf_map:
+            group, place = wrapper.model_param_group_index_map[parameter]
+            main = inner.param_groups[group]["params"][place]
+            yield parameter, _Shard(inner, main, wrapper._get_model_param_range_map(parameter)["param"].start)
+    elif isinstance(wrapper, Float16OptimizerWithFloat16Params):
+        for half, full in zip(wrapper.float16_groups, wrapper.fp32_from_float16_groups, strict=True):
+            yield from ((p, _Shard(inner, main, 0)) for p, main in zip(half, full, strict=True))
+        yield from ((p, _Shard(inner, p, 0)) for group in wrapper.fp32_from_fp32_groups for p in group)
+    elif isinstance(wrapper, FP32Optimizer):
+        yield from ((p, _Shard(inner, p, 0)) for group in inner.param_groups for p in group["params"])
+    else:
+        raise UnsupportedReshard(f"the state of a {type(wrapper).__name__} cannot be moved between layouts yet")
+
+
+def _moments(shard: _Shard, names: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
+    """The optimizer's tensors, made (not filled) where they are not there."""
+    kept = shard.optimizer.state[shard.main]
+    for name in names:
+        if kept.get(name) is None:
+            kept[name] = torch.empty_like(shard.main, memory_format=torch.contiguous_format, requires_grad=False)
+    return tuple(_flat(kept[name]) for name in names)
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().view(-1)
+
+
+def _check_complete(job: Job, seen: set[int]) -> None:
+    for chunk in job.model:
+        for name, parameter in chunk.named_parameters():
+            if id(parameter) not in seen:
+                raise UnsupportedReshard(f"Megatron's sharded state does not name parameter {name}")

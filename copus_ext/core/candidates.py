@@ -1,0 +1,112 @@
+"""Which plans a job may choose from, by Megatron's own rules of what divides what (megatron-core 0.19.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from copus_ext.core.model_shape import ModelShape
+from copus_ext.core.plan import Layout, Plan
+
+
+def infeasible_reason(plan: Plan, model: ModelShape) -> str | None:
+    """Why ``model`` cannot be trained with ``plan``, in one sentence; None if nothing here speaks against it.
+
+    Necessary, not sufficient: flags that are not part of a plan are for upstream's own validation. Experts are taken
+    to be split over tensor parallelism as the rest is, which is upstream's default.
+    """
+    return next(_objections(plan, model), None)
+
+
+def _objections(plan: Plan, model: ModelShape) -> Iterator[str]:
+    yield from _tensor_objections(plan.layout, model)
+    yield from _pipeline_objections(plan, model)
+    yield from _sequence_objections(plan.layout, model)
+    yield from _expert_objections(plan.layout, model)
+
+
+def _tensor_objections(layout: Layout, model: ModelShape) -> Iterator[str]:
+    """TransformerConfig.__post_init__ for heads; the parallel linear and embedding layers for widths.
+
+    The hidden size itself is never split: the output projection takes heads x head size, which the heads settle. Fewer
+    key-value heads than ranks are replicated.
+    """
+    tp = layout.tp
+    width = model.moe_ffn if model.experts else model.ffn
+    for name, size in (("attention heads", model.heads), ("MLP width", width), ("padded vocabulary", model.vocab)):
+        if size % tp:
+            yield f"{name} {size} is not divisible by tensor parallel {tp}"
+    if model.kv_heads % tp and tp % model.kv_heads:
+        yield f"{model.kv_heads} key-value heads are neither a multiple nor a divisor of tensor parallel {tp}"
+
+
+def _pipeline_objections(plan: Plan, model: ModelShape) -> Iterator[str]:
+    """validate_args for layers; forward_backward_pipelining_with_interleaving for the number of micro-batches."""
+    layout = plan.layout
+    if model.layers % (layout.pp * layout.vpp):
+        chunks = f" x virtual pipeline {layout.vpp}" if layout.vpp > 1 else ""
+        yield f"{model.layers} layers are not divisible by pipeline parallel {layout.pp}{chunks}"
+    if layout.vpp > 1 and layout.pp == 1:
+        yield f"virtual pipeline {layout.vpp} needs pipeline parallel > 1"
+    if layout.vpp > 1 and plan.num_microbatches % layout.pp:
+        yield f"virtual pipeline needs micro-batches in multiples of {layout.pp} stages, not {plan.num_microbatches}"
+
+
+def _sequence_objections(layout: Layout, model: ModelShape) -> Iterator[str]:
+    """validate_args: each context-parallel rank takes one slice from either end of the sequence."""
+    if layout.cp > 1 and model.seq % (2 * layout.cp):
+        yield f"sequence length {model.seq} is not divisible by 2 x context parallel {layout.cp}"
+    if layout.sequence_parallel and model.seq % (layout.cp * layout.tp):
+        yield f"sequence length {model.seq} is not divisible by context x tensor parallel {layout.cp} x {layout.tp}"
+
+
+def _expert_objections(layout: Layout, model: ModelShape) -> Iterator[str]:
+    """validate_args, initialize_model_parallel and MoELayer.forward."""
+    if layout.ep > 1 and not model.experts:
+        yield f"expert parallel {layout.ep} needs a model with experts"
+    if model.experts % layout.ep:
+        yield f"{model.experts} experts are not divisible by expert parallel {layout.ep}"
+    if layout.dp * layout.cp % layout.ep:
+        yield f"data x context parallel {layout.dp} x {layout.cp} is not divisible by expert parallel {layout.ep}"
+    if model.experts and layout.tp > 1 and not layout.sequence_parallel:
+        yield "a mixture of experts with tensor parallel needs sequence parallel"
+
+
+def candidate_plans(base: Plan, model: ModelShape, global_batches: Sequence[int], max_micro_batch: int) -> list[Plan]:
+    """Every feasible plan on the ranks of ``base``: all tp x pp, micro-batches 1, 2, 4, ... and global batches.
+
+    Everything else is as in ``base``, but for vpp, which is 1 where the base's does not fit. In rising order of
+    (tp, pp, global batch, micro-batch), each plan once.
+    """
+    found = [
+        plan
+        for layout in _layouts(base.layout)
+        for global_batch in sorted(set(global_batches))
+        for micro_batch in _powers_of_two(max_micro_batch)
+        if (plan := _fitting_plan(layout, micro_batch, global_batch, model)) is not None
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _layouts(base: Layout) -> Iterator[Layout]:
+    ranks = base.world_size // base.cp
+    for tp in _divisors(ranks):
+        for pp in _divisors(ranks // tp):
+            yield replace(base, dp=ranks // (tp * pp), tp=tp, pp=pp)
+
+
+def _fitting_plan(layout: Layout, micro_batch: int, global_batch: int, model: ModelShape) -> Plan | None:
+    """The plan, with vpp or else without; None if neither can be."""
+    if global_batch % (micro_batch * layout.dp):
+        return None
+    plan = Plan(layout, micro_batch, global_batch)
+    plain = replace(plan, layout=replace(layout, vpp=1))
+    return next((option for option in (plan, plain) if infeasible_reason(option, model) is None), None)
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _powers_of_two(largest: int) -> list[int]:
+    return [1 << exponent for exponent in range(largest.bit_length())]

@@ -1,0 +1,109 @@
+"""Statistical efficiency and Goodput: how much a sequence teaches at a batch size, and how much a second teaches.
+
+Units: batch sizes, noise scale and critical batch in sequences, throughput in sequences per second.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from copus_ext.core.noise_scale import NoiseEstimate
+
+Values = float | NDArray[np.float64]
+
+# Critical batch = c x noise scale, and c is no constant: ln c ~ Normal(ln 2, 0.9^2). McCandlish et al. 2018 (arXiv
+# 1812.06162) argue for c = 1 and see factors of a few; 2 is the COPUS paper's fixed value (arXiv 2604.26687).
+LOG_C_MEAN = math.log(2.0)
+LOG_C_SD = 0.9
+
+QUANTILES = 10  # equally likely values per uncertain factor; with 2 modulo 4 of them the lower quartile is one of them
+_INTERVAL_95 = NormalDist().inv_cdf(0.975)
+
+
+def critical_batch(noise_scale: Values, c: Values) -> Values:
+    """The batch at which half of a sequence's worth is lost: c x noise scale."""
+    return c * noise_scale
+
+
+def statistical_efficiency(batch: Values, critical: Values) -> Values:
+    """Worth of a sequence at a batch size, relative to one at a vanishing batch: SE(B) = 1 / (1 + B / Bc).
+
+    McCandlish et al. 2018, section 2.2: a step's progress goes as 1 / (1 + Bc / B), and it costs B sequences. Pollux
+    and AdaptDL (Qiao et al. 2021, section 3.1) write the same relative to a first batch B0, with c = 1:
+    SE(B) / SE(B0) = (Bc + B0) / (Bc + B).
+    """
+    return 1.0 / (1.0 + batch / critical)
+
+
+def goodput(throughput: Values, batch: Values, critical: Values) -> Values:
+    """Useful sequences per second: throughput x statistical efficiency."""
+    return throughput * statistical_efficiency(batch, critical)
+
+
+def normal_quantiles(count: int = QUANTILES) -> NDArray[np.float64]:
+    """[count] equally likely values of a standard normal: its quantiles at (k + 1/2) / count. The same every time."""
+    normal = NormalDist()
+    return np.array([normal.inv_cdf((k + 0.5) / count) for k in range(count)])
+
+
+def has_upper_bound(noise: NoiseEstimate) -> bool:
+    """Whether the interval of the noise scale is closed."""
+    return math.isfinite(noise.high)
+
+
+def critical_batch_quantiles(noise: NoiseEstimate | None) -> NDArray[np.float64] | None:
+    """[QUANTILES] equally likely critical batches, from the interval of the noise scale and the prior of c.
+
+    The logarithm of the noise scale is taken as normal on either side of its estimate, with the width that its 95 %
+    interval has on that side. With an open upper end all that is known is the lower one, and that is what is used.
+    None where there is no positive lower bound: then nothing is known about the critical batch.
+    """
+    if noise is None or not (math.isfinite(noise.low) and noise.low > 0):
+        return None
+    z = normal_quantiles()
+    log_noise = np.full_like(z, math.log(noise.low))
+    if has_upper_bound(noise):
+        centre = math.log(noise.value)
+        below, above = centre - math.log(noise.low), math.log(noise.high) - centre
+        log_noise = centre + z / _INTERVAL_95 * np.where(z < 0, below, above)
+    log_c = LOG_C_MEAN + LOG_C_SD * z
+    products = (log_noise[:, None] + log_c[None, :]).ravel()
+    probabilities = (np.arange(QUANTILES) + 0.5) / QUANTILES
+    return np.exp(np.quantile(products, probabilities, method="hazen"))
+
+
+def gain_quantiles(
+    log_throughput_ratio: NDArray[np.float64],
+    log_sd: NDArray[np.float64],
+    batches: NDArray[np.float64],
+    current_batch: float,
+    critical_batches: NDArray[np.float64] | None,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Median and lower quartile of the gain, Goodput / current Goodput - 1, of n plans.
+
+    Every plan meets the same critical batch, so where batches are equal its uncertainty cancels exactly. The rest of
+    the uncertainty is the throughput's. Both run over a fixed grid of equally likely values: no random numbers, so
+    that a decision can be replayed.
+
+    Args:
+        log_throughput_ratio: [n] expected log(throughput / current throughput).
+        log_sd: [n] its standard deviation.
+        batches: [n] global batch of each plan.
+        current_batch: global batch now.
+        critical_batches: equally likely values; None if nothing is known: then the gain is that of the throughput.
+
+    Returns:
+        [n] medians and [n] lower quartiles.
+    """
+    critical = np.array([math.inf]) if critical_batches is None else critical_batches
+    efficiency_ratio = (1.0 + current_batch / critical) / (1.0 + batches[:, None] / critical)
+    spread = log_sd[:, None, None] * normal_quantiles()
+    log_gain = log_throughput_ratio[:, None, None] + np.log(efficiency_ratio)[:, :, None] + spread
+    median, low = np.expm1(np.quantile(log_gain.reshape(batches.size, -1), (0.5, 0.25), axis=1, method="hazen"))
+    return median, low

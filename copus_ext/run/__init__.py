@@ -1,0 +1,1 @@
+"""The driver: a training run as a sequence of segments, one plan each."""

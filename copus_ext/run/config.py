@@ -1,0 +1,129 @@
+"""The ``--copus-*`` flags, and what they say as one value that is checked in one place."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from copus_ext.core.errors import UserError
+from copus_ext.core.learning_rate import LR_RULES, learning_rate_factor
+from copus_ext.core.plan import Plan
+from copus_ext.core.policy import POLICIES, Policy, make_policy
+from copus_ext.core.schedule import parse_schedule
+from copus_ext.core.space import Space, parse_space
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the group ``copus`` to upstream's parser."""
+    group = parser.add_argument_group("copus", "batch size, micro-batch and parallel layout chosen while training")
+    group.add_argument("--no-copus", action="store_true", help="plain Megatron pre-training; nothing of COPUS runs")
+    group.add_argument(
+        "--copus-policy", default="copus", metavar="NAME", help=f"who chooses the plan: {', '.join(POLICIES)}"
+    )
+    group.add_argument(
+        "--copus-schedule",
+        metavar="PLANS",
+        help='samples:plan pairs for --copus-policy schedule, like "0:dp4,mbs2,gbs16 4000:tp2,pp2,mbs2,gbs32"',
+    )
+    group.add_argument(
+        "--copus-space",
+        default="",
+        metavar="SPACE",
+        help='plans to choose from, like "tp=1,2 pp=1,2,4 mbs=1,2 gbs=16..512" (default: every layout, the given '
+        "micro-batch and its halves, 1/16 to 16 times the given global batch)",
+    )
+    group.add_argument("--copus-dir", default="copus-run", metavar="DIR", help="where all outputs of the run go")
+    group.add_argument("--copus-interval", type=int, default=20, metavar="STEPS", help="steps between decisions")
+    group.add_argument(
+        "--copus-dwell-steps", type=int, default=10, metavar="STEPS", help="steps a plan is kept at least"
+    )
+    group.add_argument(
+        "--copus-max-growth", type=float, default=2.0, metavar="X", help="most the batch may change in one decision"
+    )
+    group.add_argument(
+        "--copus-lr-rule", default="sqrt", metavar="RULE", help=f"learning rate by batch size: {', '.join(LR_RULES)}"
+    )
+    group.add_argument(
+        "--copus-noise-half-life-tokens",
+        type=float,
+        metavar="TOKENS",
+        help="the noise scale forgets half of a step after so many tokens (default: 1/20 of the run's)",
+    )
+    return parser
+
+
+@dataclass(frozen=True)
+class CopusConfig:
+    """What the flags say, checked."""
+
+    policy_name: str
+    policy: Policy
+    base: Plan  # of upstream's own flags: the learning rate is meant for its global batch
+    scheduled: tuple[Plan, ...]  # plans that the schedule names, in order; the base alone without one
+    space: Space
+    directory: Path
+    interval: int
+    lr_rule: str
+    noise_half_life_tokens: float
+
+    @property
+    def first_plan(self) -> Plan:
+        """What the run starts with."""
+        return self.scheduled[0]
+
+    @property
+    def searches(self) -> bool:
+        """Whether the policy chooses from the space of plans rather than following the flags."""
+        return self.policy_name == "copus"
+
+
+def config_from_args(args: argparse.Namespace, base: Plan) -> CopusConfig:
+    """Check the flags against each other and against the plan that upstream's flags describe.
+
+    Args:
+        args: upstream's namespace with the copus group.
+        base: the plan of upstream's flags.
+
+    Raises:
+        UserError: something is wrong; the message says what to do.
+    """
+    for name, least in (("copus_interval", 1), ("copus_dwell_steps", 0), ("copus_max_growth", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; give at least {least}")
+    schedule = parse_schedule(args.copus_schedule, base) if args.copus_schedule is not None else None
+    policy = make_policy(args.copus_policy, schedule, args.copus_dwell_steps, args.copus_max_growth)
+    learning_rate_factor(args.copus_lr_rule, 1, 1)
+    _check_length(args)
+    half_life = args.copus_noise_half_life_tokens or args.train_samples * args.seq_length / 20
+    if half_life <= 0:
+        raise UserError(f"--copus-noise-half-life-tokens {half_life:g} must be positive")
+    return CopusConfig(
+        policy_name=args.copus_policy,
+        policy=policy,
+        base=base,
+        scheduled=tuple(plan for _, plan in schedule.entries) if schedule else (base,),
+        space=parse_space(args.copus_space),
+        directory=Path(args.copus_dir),
+        interval=args.copus_interval,
+        lr_rule=args.copus_lr_rule,
+        noise_half_life_tokens=half_life,
+    )
+
+
+def _check_length(args: argparse.Namespace) -> None:
+    """Runs are bounded by samples, since a number of steps says nothing when the batch changes."""
+    if args.train_iters is not None:
+        raise UserError(
+            f"--train-iters {args.train_iters} means nothing when the batch size changes; give --train-samples "
+            f"{args.train_iters * (args.global_batch_size or 1)} and the schedule of the learning rate in samples"
+        )
+    if not args.train_samples:
+        raise UserError("--train-samples is missing; say how many sequences to train on")
+    by_steps = [n for n in ("lr_decay_iters", "lr_wsd_decay_iters") if getattr(args, n)]
+    by_steps += ["lr_warmup_iters"] if args.lr_warmup_iters else []
+    if by_steps:
+        flag = "--" + by_steps[0].replace("_", "-")
+        raise UserError(f"{flag} counts steps, whose size changes; use {flag.replace('iters', 'samples')}")
+    if args.step_batch_size_schedule is not None:
+        raise UserError("--step-batch-size-schedule and COPUS would both set the batch size; use --no-copus with it")

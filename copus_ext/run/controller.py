@@ -1,0 +1,132 @@
+"""Between the training loop and the policy: learns from every step, asks the policy now and then, agrees on the answer."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from copus_ext.adapters.gradient_noise import GradientNoise, why_unmeasurable
+from copus_ext.adapters.job import Job
+from copus_ext.core.decision import Decision, Situation
+from copus_ext.core.noise_scale import NoiseEstimate
+from copus_ext.core.plan import Plan
+from copus_ext.run.config import CopusConfig
+from copus_ext.run.knowledge import Knowledge
+from copus_ext.run.progress import steps_until
+from copus_ext.run.telemetry import Telemetry
+from megatron.patches.training_hooks import Observer, StepResult
+
+_UNSETTLED_STEPS = 2  # after a switch: their times say more about caches than about the plan
+
+
+class Controller(Observer):
+    """Watches one job. ``wanted`` is the plan to switch to; once it is set, ``train()`` is told to end.
+
+    Only the leading rank decides, as only it has the losses and one clock must judge; the others are told.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        config: CopusConfig,
+        knowledge: Knowledge,
+        telemetry: Telemetry,
+        refusal_of: Callable[[Plan], str | None],
+        continues_a_run: bool,
+    ) -> None:
+        self.continues_a_run = continues_a_run
+        self.wanted: Plan | None = None
+        self._job, self._config, self._knowledge, self._telemetry = job, config, knowledge, telemetry
+        self._refusal_of = refusal_of
+        self._steps = 0
+        self._noise = None if why_unmeasurable(job.plan) else GradientNoise(job)
+
+    def __enter__(self) -> Controller:
+        if self._noise:
+            self._noise.attach()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._noise:
+            self._noise.detach()
+
+    @property
+    def _args(self) -> argparse.Namespace:
+        return self._job.args
+
+    def on_step(self, step: StepResult) -> None:
+        """Learn from the step, and decide where one is due."""
+        self._args.curr_iteration = step.iteration
+        self._steps += 1
+        self._telemetry.step(step, self._job.plan, self._args.seq_length)
+        self._learn(step)
+        if self._decision_is_due(step.iteration):
+            self._decide(step.iteration)
+
+    def on_eval(self, losses: dict[str, Any]) -> None:
+        """Log an evaluation."""
+        values = [float(loss) for loss in losses.values()]
+        self._telemetry.event("eval", loss=values[0] if values else None)
+
+    def on_checkpoint(self, iteration: int) -> None:
+        """Put what has been learned beside the checkpoint."""
+        if self._telemetry.leads:
+            self._knowledge.save(self._args.save, iteration, self._job.plan)
+        self._telemetry.event("checkpoint", path=str(self._args.save))
+
+    def _learn(self, step: StepResult) -> None:
+        plan = self._job.plan
+        if self._noise:
+            signal, trace = self._noise.collect(step.grad_norm)
+            tokens = plan.global_batch * self._args.seq_length
+            self._knowledge.noise = self._knowledge.noise.update(signal, trace, tokens, plan.global_batch)
+            self._telemetry.noise_scale(self._knowledge.noise.estimate())
+        if self._steps > _UNSETTLED_STEPS:
+            self._knowledge.throughput = self._knowledge.throughput.observe(plan, step.step_time_s)
+
+    def _decision_is_due(self, iteration: int) -> bool:
+        samples = self._args.consumed_train_samples
+        if steps_until(self._args, self._args.train_samples) == 0:
+            return False
+        change = self._config.policy.next_change(samples - 1)
+        return change == samples or iteration % self._config.interval == 0
+
+    def _decide(self, iteration: int) -> None:
+        chosen: list[Plan | None] = [None]
+        lead = dist.get_world_size() - 1
+        if dist.get_rank() == lead:
+            decision = self._decision()
+            self._telemetry.decision(decision)
+            chosen = [decision.chosen if decision.is_switch else None]
+        dist.broadcast_object_list(chosen, src=lead)
+        if chosen[0] is not None:
+            self.wanted = chosen[0]
+            self._args.train_iters = iteration  # train() stops after this step's evaluation and checkpoint
+
+    def _decision(self) -> Decision:
+        """Ask the policy, until what it wants is not refused by upstream's validation."""
+        while True:
+            decision = self._config.policy.decide(self._situation())
+            refusal = self._refusal_of(decision.chosen) if decision.is_switch else None
+            if refusal is None:
+                return decision
+            self._knowledge.rejected[decision.chosen] = refusal
+
+    def _situation(self) -> Situation:
+        known = self._knowledge
+        estimate: NoiseEstimate | None = known.noise.estimate() if known.noise.steps else None
+        return Situation(
+            iteration=self._args.curr_iteration,
+            consumed_samples=self._args.consumed_train_samples,
+            train_samples=self._args.train_samples,
+            current=self._job.plan,
+            steps_since_switch=self._steps,
+            noise=estimate,
+            throughput=known.throughput,
+            switch_cost=known.switch_cost,
+            candidates=known.candidates,
+            rejected=dict(known.rejected),
+        )

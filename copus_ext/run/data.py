@@ -1,0 +1,47 @@
+"""Datasets that outlive a plan, and the iterators that each plan reads them with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.training.training import build_train_valid_test_data_iterators
+from megatron.training.utils import print_rank_0
+
+from copus_ext.run import gpt
+
+
+class Data:
+    """The run's datasets, built once on every rank, so that any rank may read them in any later layout.
+
+    Reading is in order of ``args.consumed_train_samples`` (upstream's ``single`` loader), which does not depend on the
+    layout: no sample is lost or repeated by a switch.
+    """
+
+    def __init__(self, validation_factor: int = 1) -> None:
+        """``validation_factor``: how many times the steps, and so evaluations, of the first plan there may come to be."""
+        self._validation_factor = validation_factor
+        self._datasets: tuple[Any, Any, Any] | None = None
+
+    def iterators(self, model_chunks: int) -> tuple[Any, Any, Any]:
+        """Training, validation and test iterators for the current global arguments.
+
+        Args:
+            model_chunks: chunks on this rank; with more than one, upstream wants a list with an iterator for each.
+        """
+        built = [build_train_valid_test_data_iterators(self._provide) for _ in range(model_chunks)]
+        if model_chunks == 1:
+            return built[0]
+        train, valid, test = zip(*built, strict=True)
+        return list(train), list(valid), list(test)
+
+    def _provide(self, num_samples: tuple[int, Any, int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+        if self._datasets is None:
+            train, valid, test = num_samples
+            if valid is not None:  # None: all of the validation set, each time
+                valid *= self._validation_factor
+            self._datasets = gpt.build_datasets([train, valid, test], on_every_rank=True)
+            print_rank_0("> datasets are kept for the whole run")
+        return self._datasets
+
+    # Upstream reads this attribute of the provider: the provider itself sees to which ranks build.
+    _provide.is_distributed = True  # type: ignore[attr-defined]

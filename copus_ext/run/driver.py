@@ -1,0 +1,221 @@
+"""An adaptive run: segments of upstream's ``train()``, each under one plan, with switches between them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import asdict
+from typing import Any
+
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.training import get_timers, training
+from megatron.training.global_vars import set_global_variables
+
+from copus_ext.adapters.arguments import arguments_for, first_line, model_shape
+from copus_ext.adapters.job import build_job
+from copus_ext.adapters.layouts import LayoutGroups
+from copus_ext.core.events import read_events
+from copus_ext.core.hardware import Hardware
+from copus_ext.core.learning_rate import learning_rate_factor
+from copus_ext.core.noise_scale import NoiseScaleEstimator
+from copus_ext.core.plan import Plan
+from copus_ext.core.report import write_report
+from copus_ext.core.space import too_large
+from copus_ext.core.summary import format_summary, summarise
+from copus_ext.core.switch_cost import first_switch_cost
+from copus_ext.core.throughput import ThroughputModel
+from copus_ext.run import gpt
+from copus_ext.run.config import CopusConfig
+from copus_ext.run.controller import Controller
+from copus_ext.run.data import Data
+from copus_ext.run.knowledge import Knowledge, SavedState, load_state
+from copus_ext.run.progress import steps_until
+from copus_ext.run.switch import SwitchFailed, switch
+from copus_ext.run.telemetry import Telemetry, quiet
+from megatron.patches.training_hooks import observing
+
+
+class Driver:
+    """One run on this rank. Every method is collective over all ranks."""
+
+    def __init__(self, raw: argparse.Namespace, config: CopusConfig, hardware: Hardware) -> None:
+        """Bring upstream up for the first plan, or for the plan of the checkpoint that ``--load`` names.
+
+        Args:
+            raw: upstream's arguments before validation.
+            config: the checked ``--copus-*`` flags.
+            hardware: what the machine is taken to be until steps have been measured.
+        """
+        self.raw, self.config = raw, config
+        saved = load_state(raw.load)
+        plan = saved.plan if saved else config.first_plan
+        self.layouts = LayoutGroups()  # before upstream makes any group
+        raw.padded_vocab_size = self._padded_vocabulary()
+        args = arguments_for(raw, plan, **self._overrides(plan))
+        set_global_variables(args)
+        training.initialize_megatron()
+        training.set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
+        self.job = build_job(plan, args, self.layouts.adopt(plan.layout))
+        args.curr_iteration = args.iteration  # upstream sets it in its loop only
+        self.knowledge = self._first_knowledge(args, hardware, saved)
+        smallest = min(p.global_batch for p in (*self.knowledge.candidates, plan))
+        self.data = Data(math.ceil(config.base.global_batch / smallest))
+        leads = args.rank == args.world_size - 1
+        self.telemetry = Telemetry(config.directory, leads, args.iteration if args.iteration else None)
+
+    # -- set-up
+
+    def _padded_vocabulary(self) -> int:
+        """One padded vocabulary for all layouts, or weights would not fit from one to another."""
+        if self.raw.padded_vocab_size is not None:
+            return int(self.raw.padded_vocab_size)
+        probe = argparse.Namespace(**{**vars(self.raw), "pad_vocab_size": False})
+        size = build_tokenizer(probe).vocab_size
+        multiple = self.raw.make_vocab_size_divisible_by * math.lcm(*self._tensor_parallel_sizes())
+        return math.ceil(size / multiple) * multiple
+
+    def _tensor_parallel_sizes(self) -> list[int]:
+        if not self.config.searches:
+            return [plan.layout.tp for plan in self.config.scheduled]
+        heads, ranks = self.raw.num_attention_heads, self.config.base.layout.world_size
+        return [tp for tp in self.config.space.tp or range(1, heads + 1) if heads % tp == 0 and ranks % tp == 0]
+
+    def _overrides(self, plan: Plan) -> dict[str, Any]:
+        """Arguments that follow from the plan but are no part of it: the learning rates for its global batch."""
+        factor = learning_rate_factor(self.config.lr_rule, plan.global_batch, self.config.base.global_batch)
+        names = ("lr", "min_lr", "lr_warmup_init", "decoupled_lr", "decoupled_min_lr")
+        rates = {name: getattr(self.raw, name) for name in names}
+        scaled = {name: rate * factor for name, rate in rates.items() if rate is not None}
+        # Evaluation reads the same batches whatever the plan; a batch that every layout can share among its ranks.
+        ranks = self.config.base.layout.world_size
+        batch = self.raw.eval_global_batch_size or math.ceil(self.config.base.global_batch / ranks) * ranks
+        return {**scaled, "eval_global_batch_size": batch}
+
+    def _first_knowledge(self, args: argparse.Namespace, hardware: Hardware, saved: SavedState | None) -> Knowledge:
+        model = model_shape(args)
+        plans = self.config.space.plans(self.config.base, model) if self.config.searches else []
+        too_big = {plan: why for plan in plans if (why := too_large(plan, model, hardware.memory_bytes))}
+        knowledge = Knowledge(
+            noise=NoiseScaleEstimator(half_life_tokens=self.config.noise_half_life_tokens),
+            throughput=ThroughputModel(model, hardware),
+            switch_cost=first_switch_cost(model, hardware, args.world_size),
+            candidates=tuple(plans),
+            rejected=too_big,
+        )
+        if saved:
+            knowledge.restore(saved)
+        return knowledge
+
+    def _refusal_of(self, plan: Plan) -> str | None:
+        """Why upstream's own validation refuses a plan; ``None`` where it does not."""
+        try:
+            with quiet():
+                arguments_for(self.raw, plan, **self._overrides(plan))
+        except (AssertionError, ValueError, RuntimeError) as error:
+            return first_line(error)
+        return None
+
+    # -- running
+
+    def run(self) -> None:
+        """Train to the end of ``--train-samples``, evaluate, save, and report."""
+        args = self.job.args
+        self.telemetry.event(
+            "run_start",
+            world_size=args.world_size,
+            plan=str(self.job.plan),
+            policy=self.config.policy_name,
+            train_samples=args.train_samples,
+            model=asdict(model_shape(args)),
+            candidates=[str(plan) for plan in self.knowledge.candidates],
+            directory=str(self.config.directory),
+        )
+        status = "failed"
+        try:
+            self._train()
+            status = "finished"
+        except SystemExit as stop:  # upstream's way to end at --exit-interval, --exit-duration-in-mins or a signal
+            status = "stopped" if not stop.code else "failed"
+            raise
+        finally:
+            self.telemetry.event("run_end", status=status)
+            self._report()
+
+    def _train(self) -> None:
+        iterators = self.data.iterators(len(self.job.model))
+        first = True
+        while steps_until(self.job.args, self.job.args.train_samples):
+            wanted = self._segment(iterators, continues_a_run=not first)
+            first = False
+            if wanted is not None and self._switch(wanted):
+                iterators = self._fresh_iterators(iterators)
+        self._finish(iterators)
+
+    def _segment(self, iterators: tuple[Any, Any, Any], continues_a_run: bool) -> Plan | None:
+        """Train under the present plan until it should change, or to the end; the plan to change to."""
+        job, args = self.job, self.job.args
+        change = self.config.policy.next_change(args.consumed_train_samples)
+        end = min(change or args.train_samples, args.train_samples)
+        args.train_iters = args.iteration + steps_until(args, end)
+        job.config.finalize_model_grads_func = job.config.no_sync_func = None  # train() sets them anew
+        controller = Controller(job, self.config, self.knowledge, self.telemetry, self._refusal_of, continues_a_run)
+        with controller, observing(controller):
+            args.iteration, args.num_floating_point_operations_so_far = training.train(
+                gpt.forward_step,
+                job.model,
+                job.optimizer,
+                job.scheduler,
+                iterators[0],
+                iterators[1],
+                None,
+                job.config,
+                {},
+                None,
+            )
+        timer = get_timers()("interval-time")  # train() leaves it running
+        timer.stop()
+        timer.reset()
+        return controller.wanted
+
+    def _switch(self, plan: Plan) -> bool:
+        """Move to ``plan``; False where the job stays on the old one after a fault."""
+        old = self.job.plan
+        try:
+            with quiet():
+                self.job, report = switch(self.job, plan, self.raw, self._overrides(plan), self.layouts)
+        except SwitchFailed as fault:
+            self.knowledge.rejected[plan] = str(fault)
+            self.telemetry.event("fault", kind="switch", message=str(fault), plan=str(plan))
+            self.telemetry.say(f"{fault}; training goes on with {old}")
+            return False
+        self.knowledge.switch_cost = self.knowledge.switch_cost.observe(old, plan, report.total_s)
+        self.telemetry.switch(report)
+        return True
+
+    def _fresh_iterators(self, old: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        del old  # and with it any loader processes
+        with quiet():
+            return self.data.iterators(len(self.job.model))
+
+    def _finish(self, iterators: tuple[Any, Any, Any]) -> None:
+        """What upstream's ``pretrain()`` does behind its training loop."""
+        job, args = self.job, self.job.args
+        if args.save and args.iteration and args.iteration % (args.save_interval or args.iteration + 1):
+            flops = args.num_floating_point_operations_so_far
+            training.save_checkpoint_and_time(args.iteration, job.model, job.optimizer, job.scheduler, flops, {})
+        for wanted, name, iterator in (
+            (args.do_valid, "validation", iterators[1]),
+            (args.do_test, "test", iterators[2]),
+        ):
+            if wanted:
+                prefix = f"iteration {args.iteration} on {name} set"
+                training.evaluate_and_print_results(
+                    prefix, gpt.forward_step, iterator, job.model, args.iteration, None, job.config, verbose=False
+                )
+        training.maybe_finalize_async_save(blocking=True, terminate=True)
+
+    def _report(self) -> None:
+        self.telemetry.close()
+        if self.telemetry.leads:
+            print(format_summary(summarise(read_events(self.telemetry.path), self.telemetry.path)), flush=True)
+            write_report(self.config.directory)

@@ -1,0 +1,74 @@
+"""What a run has learned, kept beside its checkpoints so that a resumed run decides as one that never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from copus_ext.core.noise_scale import NoiseScaleEstimator
+from copus_ext.core.plan import Plan, plan_from_json
+from copus_ext.core.switch_cost import SwitchCost
+from copus_ext.core.throughput import ThroughputModel
+
+_FILE = "copus_state.json"
+
+
+@dataclass
+class Knowledge:
+    """The estimators as they stand, and the plans there are to choose from."""
+
+    noise: NoiseScaleEstimator
+    throughput: ThroughputModel
+    switch_cost: SwitchCost
+    candidates: tuple[Plan, ...]
+    rejected: dict[Plan, str] = field(default_factory=dict)
+
+    def save(self, checkpoints: str, iteration: int, plan: Plan) -> None:
+        """Write it beside the checkpoint of ``iteration``, whole or not at all."""
+        folder = Path(checkpoints) / f"iter_{iteration:07d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "plan": plan.to_json(),
+            "noise": self.noise.to_json(),
+            "throughput": self.throughput.to_json(),
+            "switch_cost": self.switch_cost.to_json(),
+        }
+        unfinished = folder / (_FILE + ".tmp")
+        unfinished.write_text(json.dumps(state))
+        os.replace(unfinished, folder / _FILE)
+
+    def restore(self, state: SavedState) -> None:
+        """Go on from what a checkpoint knew."""
+        self.noise, self.throughput, self.switch_cost = state.noise, state.throughput, state.switch_cost
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What stands beside a checkpoint."""
+
+    iteration: int
+    plan: Plan
+    noise: NoiseScaleEstimator
+    throughput: ThroughputModel
+    switch_cost: SwitchCost
+
+
+def load_state(checkpoints: str | None) -> SavedState | None:
+    """The state beside the latest checkpoint in a folder; ``None`` where there is no checkpoint or it has no state."""
+    tracker = Path(checkpoints or "") / "latest_checkpointed_iteration.txt"
+    if not checkpoints or not tracker.exists() or not tracker.read_text().strip().isdecimal():
+        return None
+    iteration = int(tracker.read_text())
+    path = Path(checkpoints) / f"iter_{iteration:07d}" / _FILE
+    if not path.exists():
+        return None
+    state = json.loads(path.read_text())
+    return SavedState(
+        iteration=iteration,
+        plan=plan_from_json(state["plan"]),
+        noise=NoiseScaleEstimator.from_json(state["noise"]),
+        throughput=ThroughputModel.from_json(state["throughput"]),
+        switch_cost=SwitchCost.from_json(state["switch_cost"]),
+    )

@@ -1,0 +1,140 @@
+"""The entry point: parse, check, then train. Bad input ends here, with one line and status 2."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import os
+import socket
+import sys
+import time
+import warnings
+
+from copus_ext.core.errors import UserError
+
+BAD_INPUT = 2
+_LET_RANK_0_SPEAK_S = 60.0
+
+_CPU_FLAGS = {  # what upstream must be told where there is no accelerator; by argument name
+    "transformer_impl": "local",
+    "distributed_backend": "gloo",
+    "use_cpu_initialization": True,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
+    "no_persist_layer_norm": True,
+    "apply_rope_fusion": False,
+    "num_workers": 0,  # a loader process per rank and data set would take the cores the ranks compute on
+}
+
+
+def main() -> int:
+    """Run the program; its exit status."""
+    _prepare_environment()
+    try:
+        from megatron.patches import apply_all
+
+        apply_all()
+        raw = _parse()
+        return _run(raw)
+    except UserError as error:
+        return _refuse(error)
+
+
+def _refuse(error: UserError) -> int:
+    """Say what is wrong on rank 0. The launcher kills all ranks when the first one ends, so the others let it speak."""
+    if os.environ["RANK"] == "0":
+        print(f"pretrain_gpt_copus.py: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(_LET_RANK_0_SPEAK_S)
+    return BAD_INPUT
+
+
+def _prepare_environment() -> None:
+    """What must be set before torch is imported. Without torchrun, this is a job of one rank."""
+    warnings.filterwarnings("ignore", module=r"megatron\..*")  # each names a GPU library that is not there
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # upstream insists, for tensor and context parallelism
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ.update({**single, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+
+
+def _parse() -> argparse.Namespace:
+    from megatron.training.arguments import parse_args
+
+    from copus_ext.run.config import add_arguments
+
+    raw = parse_args(add_arguments)
+    _set_cpu_flags(raw)
+    _check_data(raw)
+    return raw
+
+
+def _set_cpu_flags(raw: argparse.Namespace) -> None:
+    """Where there is no accelerator, set the flags that upstream needs there, and say so in one line."""
+    import torch
+    from megatron.core.transformer.enums import AttnBackend
+
+    if torch.cuda.is_available():
+        return
+    for name, value in {**_CPU_FLAGS, "attention_backend": AttnBackend.unfused}.items():
+        setattr(raw, name, value)
+    if raw.rank == 0:
+        print(
+            "no accelerator: running on CPU with --distributed-backend gloo --transformer-impl local "
+            "--use-cpu-initialization --attention-backend unfused, without fused kernels and data loader processes",
+            flush=True,
+        )
+
+
+def _check_data(raw: argparse.Namespace) -> None:
+    """Every data prefix that a flag names must have its two files.
+
+    Raises:
+        UserError: one has not.
+    """
+    for flag in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+        for word in getattr(raw, flag) or []:
+            is_weight = word.replace(".", "", 1).isdigit()
+            missing = [
+                word + end for end in (".bin", ".idx") if not is_weight and not glob.glob(glob.escape(word + end))
+            ]
+            if missing:
+                name = "--" + flag.replace("_", "-")
+                raise UserError(f"{name} {word}: there is no {missing[0]}; make it with tools/preprocess_data.py")
+
+
+def _run(raw: argparse.Namespace) -> int:
+    from copus_ext.adapters.arguments import plan_of
+    from copus_ext.run.config import config_from_args
+
+    if raw.no_copus:
+        return _run_plain(raw)
+    config = config_from_args(raw, plan_of(raw))
+    from copus_ext.run.driver import Driver
+    from copus_ext.run.hardware import describe_hardware
+
+    Driver(raw, config, describe_hardware(raw)).run()
+    return 0
+
+
+def _run_plain(raw: argparse.Namespace) -> int:
+    """Upstream's own ``pretrain()``, with nothing of ours but the patches."""
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import validate_args
+    from megatron.training.global_vars import set_global_variables
+
+    from copus_ext.run import gpt
+
+    validate_args(raw)
+    set_global_variables(raw)
+    container = pretrain_cfg_container_from_args(raw, gpt_config_from_args(raw))
+    pretrain(container, gpt.train_valid_test_datasets, ModelType.encoder_or_decoder, gpt.forward_step)
+    return 0

@@ -1,0 +1,161 @@
+"""Moving the running job from one plan to another, in two phases: prepare, on all ranks or on none; then move."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.num_microbatches_calculator import reconfigure_num_microbatches_calculator
+from megatron.training.global_vars import set_args
+
+from copus_ext.adapters.arguments import arguments_for, first_line
+from copus_ext.adapters.job import Job, build_job
+from copus_ext.adapters.layouts import LayoutGroups
+#from copus_ext.adapters.reshard import RngState, carry_scheduler, reshard
+from copus_ext.core.plan import Plan
+from copus_ext.run.progress import carry_progress
+
+
+@dataclass
+class SwitchReport:
+    """How a switch went. ``exact``: checksums before and after agree; ``seconds`` by phase add up to the whole."""
+
+    old: Plan
+    new: Plan
+    seconds: dict[str, float] = field(default_factory=dict)
+    bytes_moved: int = 0
+    bytes_minimum: int = 0
+    exact: bool = True
+
+    @property
+    def total_s(self) -> float:
+        """Seconds that training stood still."""
+        return sum(self.seconds.values())
+
+
+class SwitchFailed(RuntimeError):
+    """A rank could not prepare the new plan. All ranks are back on the old one, with nothing lost."""
+
+
+class _Phases:
+    """Seconds by phase: each call to :meth:`end` closes one."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = now - self._start
+        self._start = now
+
+
+def switch(
+    job: Job, plan: Plan, raw: argparse.Namespace, overrides: dict[str, Any], layouts: LayoutGroups
+) -> tuple[Job, SwitchReport]:
+    """Go from the job's plan to ``plan``. Collective over all ranks.
+
+    Args:
+        job: what trains now, between two steps.
+        plan: where to go.
+        raw: upstream's arguments before validation.
+        overrides: further arguments for the new plan (learning rates, padded vocabulary).
+        layouts: the process groups of layouts used so far.
+
+    Returns:
+        The job to go on with, and how it went.
+
+    Raises:
+        SwitchFailed: a rank could not prepare; ``job`` is as it was.
+    """
+    phases = _Phases()
+    report = SwitchReport(job.plan, plan, phases.seconds)
+    args = _agreed(lambda: arguments_for(raw, plan, **overrides), f"the arguments of {plan}")
+    carry_progress(job.args, args)
+    if plan.layout == job.plan.layout:
+        _change_batch(job, plan, args)
+        phases.end("prepare")
+        return job, report
+    rng = RngState.capture()
+    try:
+        new = _agreed(lambda: _prepare(plan, args, layouts), f"the job of {plan}")
+    except SwitchFailed:
+        _return_to(job, layouts)
+        rng.restore()
+        raise
+    phases.end("prepare")
+    moved = reshard(job, new)
+    phases.seconds |= moved.seconds
+    report.bytes_moved, report.bytes_minimum, report.exact = moved.bytes_moved, moved.bytes_minimum, moved.exact
+    phases.end("_move")
+    phases.seconds.pop("_move")
+    carry_scheduler(job, new)
+    rng.restore_for(new, args.iteration)
+    job.release()
+    gc.collect()
+    phases.end("release")
+    return new, report
+
+
+def _prepare(plan: Plan, args: argparse.Namespace, layouts: LayoutGroups) -> Job:
+    """Groups, model and optimizer of the next plan, with weights still to come."""
+    groups = layouts.activate(plan.layout, args)
+    set_micro_batches(args)
+    iteration, flops = args.iteration, args.num_floating_point_operations_so_far
+    new = build_job(plan, args, groups, initialise_weights=False)
+    args.iteration, args.num_floating_point_operations_so_far = iteration, flops  # building sets them to 0
+    return new
+
+
+def _change_batch(job: Job, plan: Plan, args: argparse.Namespace) -> None:
+    """Other batch sizes on the same layout: nothing is built, only what counts batches is told."""
+    ratio = args.lr / job.args.lr
+    for group in job.optimizer.param_groups:
+        group["max_lr"] *= ratio
+        group["min_lr"] *= ratio
+    scheduler = job.scheduler
+    scheduler.init_lr, scheduler.max_lr, scheduler.min_lr = args.lr_warmup_init, args.lr, args.min_lr
+    scheduler.step(0)
+    job.plan, job.args = plan, args
+    set_args(args)
+    set_micro_batches(args)
+
+
+def _return_to(job: Job, layouts: LayoutGroups) -> None:
+    """Make the old job the current one again."""
+    layouts.activate(job.plan.layout, job.args)
+    set_args(job.args)
+    set_micro_batches(job.args)
+    gc.collect()
+
+
+def set_micro_batches(args: argparse.Namespace) -> None:
+    """Tell upstream's calculator how many micro-batches a step has under ``args``."""
+    reconfigure_num_microbatches_calculator(
+        rank=args.rank,
+        global_batch_size=args.global_batch_size,
+        micro_batch_size=args.micro_batch_size,
+        data_parallel_size=args.data_parallel_size,
+        decrease_batch_size_if_needed=args.decrease_batch_size_if_needed,
+    )
+
+
+def _agreed(step: Any, what: str) -> Any:
+    """Do ``step`` on every rank, and fail on every rank if it failed on one."""
+    failure: BaseException | None = None
+    result = None
+    try:
+        result = step()
+    except (AssertionError, ValueError, RuntimeError) as error:
+        failure = error
+    failed = torch.tensor([failure is not None], dtype=torch.int32, device=torch.cuda.current_device())
+    dist.all_reduce(failed)
+    if int(failed):
+        said = first_line(failure) if failure else "another rank says why"
+        raise SwitchFailed(f"{what} failed on {int(failed)} ranks: {said}") from failure
+    return result

@@ -1,0 +1,112 @@
+"""What a run tells: ``events.jsonl``, TensorBoard, and lines on the terminal. Written on the last rank, as upstream's log is."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron.training import get_args, get_tensorboard_writer
+from megatron.training.global_vars import get_wandb_writer
+
+from copus_ext.core.decision import Decision
+from copus_ext.core.events import EventLog, EventSink, NullEventLog
+from copus_ext.core.noise_scale import NoiseEstimate
+from copus_ext.core.plan import Plan
+from copus_ext.run.switch import SwitchReport
+from megatron.patches.training_hooks import StepResult
+
+EVENTS_FILE = "events.jsonl"
+
+
+class Telemetry:
+    """Turns what happens into events, curves and lines. On ranks that do not lead it takes everything and writes nothing."""
+
+    def __init__(self, directory: Path, leads: bool, resumed_from: int | None) -> None:
+        self.leads = leads
+        self.path = directory / EVENTS_FILE
+        self._log: EventSink = EventLog(self.path, time.monotonic, resumed_from) if leads else NullEventLog()
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """One event of ``kind`` at the run's present progress."""
+        args = get_args()
+        self._log.write(kind, args.curr_iteration, args.consumed_train_samples, **fields)
+
+    def say(self, text: str) -> None:
+        """One line for whoever watches the run."""
+        if self.leads:
+            print(f" [copus] {text}", flush=True)
+
+    def step(self, result: StepResult, plan: Plan, seq_length: int) -> None:
+        """A step was taken under ``plan``."""
+        self.event(
+            "step",
+            loss=result.loss,
+            plan=str(plan),
+            step_time_s=result.step_time_s,
+            tokens=plan.global_batch * seq_length,
+            learning_rate=result.learning_rate,
+            grad_norm=result.grad_norm,
+            skipped=result.skipped,
+        )
+
+    def noise_scale(self, estimate: NoiseEstimate) -> None:
+        """The smoothed noise scale after a step."""
+        self.event("noise_scale", **estimate._asdict())
+        scalars = {"noise-scale": estimate.value, "noise-scale-low": estimate.low, "noise-scale-high": estimate.high}
+        self._scalars(scalars)
+
+    def _scalars(self, values: dict[str, float]) -> None:
+        """To TensorBoard and W&B under upstream's habits of naming: ``name`` by iteration, ``name vs samples``."""
+        writer, wandb, args = get_tensorboard_writer(), get_wandb_writer(), get_args()
+        if writer is None or args.curr_iteration % args.tensorboard_log_interval:
+            return
+        for name, value in values.items():
+            writer.add_scalar(name, value, args.curr_iteration)
+            writer.add_scalar(f"{name} vs samples", value, args.consumed_train_samples)
+        if wandb is not None:
+            wandb.log(values, args.curr_iteration)
+
+    def decision(self, decision: Decision) -> None:
+        """The policy decided."""
+        record = decision.to_json()
+        record |= {"chosen": str(decision.chosen), "current": str(decision.current)}
+        for seen, score in zip(record["candidates"], decision.candidates, strict=True):
+            seen["plan"] = str(score.plan)
+        self.event("decision", **record)
+        self.say(f"iteration {get_args().curr_iteration}: {decision.reason}")
+
+    def switch(self, report: SwitchReport) -> None:
+        """The job moved to another plan."""
+        self.event(
+            "switch",
+            **{"from": str(report.old), "to": str(report.new)},
+            seconds=report.seconds,
+            bytes_moved=report.bytes_moved,
+            bytes_minimum=report.bytes_minimum,
+            exact=report.exact,
+        )
+        phases = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in report.seconds.items())
+        moved = f"{report.bytes_moved / 2**20:.1f} MiB moved, " if report.bytes_moved else ""
+        check = "checksums agree" if report.exact else "CHECKSUMS DIFFER"
+        self.say(f"switched to {report.new} in {report.total_s:.2f} s ({phases}); {moved}{check}")
+
+    def close(self) -> None:
+        """Nothing more will happen."""
+        self._log.close()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep upstream's set-up messages, which it prints for every model it builds, off the terminal."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,82 @@
+"""Run a function on several ranks: real processes, real gloo, one fork server that has Megatron loaded."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.ranks.preload"])
+
+
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 180.0) -> list[Any]:
+    """Call ``function(*args)`` on ``world_size`` ranks with the process group up.
+
+    Args:
+        world_size: processes to start.
+        function: of module level, so that it can be named to another process.
+        args: given to every rank.
+        timeout_s: after which every rank is killed.
+
+    Returns:
+        What each rank returned, by rank.
+
+    Raises:
+        AssertionError: a rank failed, with its traceback, or the time ran out.
+    """
+    results: Any = _CONTEXT.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            _CONTEXT.Process(target=_rank_main, args=(rank, world_size, folder, results, function, args), daemon=True)
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        try:
+            return _gather(world_size, results, timeout_s)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.join()
+
+
+def _gather(world_size: int, results: Any, timeout_s: float) -> list[Any]:
+    deadline = time.monotonic() + timeout_s
+    found: dict[int, Any] = {}
+    while len(found) < world_size:
+        try:
+            rank, value, failure = results.get(timeout=max(0.01, deadline - time.monotonic()))
+        except queue.Empty:
+            missing = sorted(set(range(world_size)) - set(found))
+            raise AssertionError(f"ranks {missing} did not finish in {timeout_s:.0f} s") from None
+        assert failure is None, f"rank {rank} failed:\n{failure}"
+        found[rank] = value
+    return [found[rank] for rank in range(world_size)]
+
+
+def _rank_main(
+    rank: int, world_size: int, folder: str, results: Any, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    import torch.distributed
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # upstream insists on it for tensor parallelism
+    os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
+    try:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+        )
+        results.put((rank, function(*args), None))
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+    finally:
+        # The last results must leave this process before it is killed.
+        results.close()
+        results.join_thread()

@@ -1,0 +1,252 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import pytest
+
+from copus_ext.core.decision import Decision, Situation
+from copus_ext.core.errors import UserError
+from copus_ext.core.hardware import shared_cpu
+from copus_ext.core.model_shape import ModelShape
+from copus_ext.core.noise_scale import NoiseEstimate
+from copus_ext.core.plan import Layout, Plan
+from copus_ext.core.policies.copus import CopusPolicy, gain_needed
+from copus_ext.core.policy import POLICIES, make_policy
+from copus_ext.core.schedule import parse_schedule
+from copus_ext.core.switch_cost import RunningMean, SwitchCost
+from copus_ext.core.throughput import ThroughputModel
+
+MODEL = ModelShape(layers=4, hidden=256, heads=8, kv_heads=8, ffn=1024, vocab=256, seq=64)
+DATA, PIPE = Layout(dp=4), Layout(pp=4)
+CURRENT = Plan(DATA, 1, 16)
+SIZES = (4, 8, 16, 32, 64)
+COPUS = CopusPolicy()
+
+
+def known(value: float) -> NoiseEstimate:
+    return NoiseEstimate(value, 0.98 * value, 1.02 * value, N=1.0, S=value, n_eff=500.0)
+
+
+def measured(seconds: Mapping[Plan, float]) -> ThroughputModel:
+    """Many equal steps of each plan: hardly anything is left to doubt."""
+    model = ThroughputModel(MODEL, shared_cpu(cores=2, ranks=4, memory_bytes=24e9))
+    for plan, step_time in seconds.items():
+        for _ in range(50):
+            model = model.observe(plan, step_time)
+    return model
+
+
+def line(layout: Layout, t0: float, t1: float) -> dict[Plan, float]:
+    return {Plan(layout, 1, batch): t0 + t1 * batch for batch in SIZES}
+
+
+def situation(
+    seconds: Mapping[Plan, float], noise: NoiseEstimate | None, layout_cost: float = 1.0, **changes: object
+) -> Situation:
+    base = Situation(
+        iteration=100,
+        consumed_samples=1600,
+        train_samples=101_600,
+        current=CURRENT,
+        steps_since_switch=100,
+        noise=noise,
+        throughput=measured(seconds),
+        switch_cost=SwitchCost(RunningMean(layout_cost, 1), RunningMean(0.01, 1)),
+        candidates=tuple(seconds),
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def follow(seconds: Mapping[Plan, float], noise: NoiseEstimate | None, decisions: int = 6) -> list[Plan]:
+    """The plans of a run whose noise scale does not change."""
+    state, plans = situation(seconds, noise), []
+    for _ in range(decisions):
+        state = replace(state, current=COPUS.decide(state).chosen)
+        plans.append(state.current)
+    return plans
+
+
+def shares(decision: Decision, pick: Callable[[Plan], bool]) -> list[str]:
+    return [score.why_not for score in decision.candidates if pick(score.plan)]
+
+
+def test_static_stays() -> None:
+    decision = make_policy("static").decide(situation(line(PIPE, 0.1, 0.1), known(1000.0)))
+    assert decision.chosen == CURRENT
+    assert not decision.is_switch
+    assert decision.reason.startswith("stay: ")
+
+
+def test_schedule_follows_its_entries() -> None:
+    policy = make_policy("schedule", schedule=parse_schedule("0:dp4,mbs1,gbs16 1600:pp4,mbs1,gbs32", CURRENT))
+    state = situation({CURRENT: 1.0}, None)
+    early = policy.decide(replace(state, consumed_samples=1584))
+    assert (early.chosen, early.reason) == (CURRENT, "stay: the schedule has no change before 1600 samples")
+    due = policy.decide(state)
+    assert due.chosen == Plan(PIPE, 1, 32)
+    assert due.is_switch
+    assert not policy.decide(replace(state, current=due.chosen)).is_switch
+    assert (policy.next_change(0), policy.next_change(1600)) == (1600, None)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_policies_are_found_by_name(name: str) -> None:
+    schedule = parse_schedule("0:dp4,mbs1,gbs16", CURRENT) if name == "schedule" else None
+    decision = make_policy(name, schedule).decide(situation({CURRENT: 1.0}, None))
+    assert decision.chosen == CURRENT
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "says"),
+    [
+        ("magic", False, "--copus-policy magic.*copus, static, schedule"),
+        ("schedule", False, "give --copus-schedule"),
+        ("copus", True, "does not follow --copus-schedule"),
+    ],
+)
+def test_a_policy_that_cannot_be_is_told(name: str, schedule: bool, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        make_policy(name, parse_schedule("0:dp4,mbs1,gbs16", CURRENT) if schedule else None)
+
+
+def test_large_noise_grows_the_batch_and_small_noise_shrinks_it() -> None:
+    """With steps of 1 + B / 16 s the best batch is sqrt(16 Bc) = sqrt(32 noise): 64 at noise 128, 4 at noise 0.5."""
+    seconds = line(DATA, 1.0, 1 / 16)
+    assert [plan.global_batch for plan in follow(seconds, known(128.0))] == [32, 64, 64, 64, 64, 64]
+    assert [plan.global_batch for plan in follow(seconds, known(0.5))] == [8, 4, 4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("noise", [2.0, 8.0, 32.0])
+def test_the_batch_it_stays_at_is_next_to_the_best_one(noise: float) -> None:
+    best = math.sqrt(16 * 2 * noise)
+    settled = follow(line(DATA, 1.0, 1 / 16), known(noise))
+    assert settled[-1] == settled[-2]
+    assert best / 2 <= settled[-1].global_batch <= 2 * best
+
+
+def test_layout_changes_when_measurements_say_so() -> None:
+    slow, fast = {CURRENT: 1.0}, {Plan(PIPE, 1, 16): 0.8}
+    decision = COPUS.decide(situation(slow | fast, known(32.0)))
+    assert decision.chosen == Plan(PIPE, 1, 16)
+    assert decision.gain == pytest.approx(0.25, abs=0.01)
+    assert decision.horizon_s == pytest.approx(100_000 / 16, rel=0.01)
+    assert decision.reason.startswith("switch to dp1,pp4,mbs1,gbs16: gain 25")
+    assert COPUS.decide(situation(slow | {Plan(PIPE, 1, 16): 1.2}, known(32.0))).chosen == CURRENT
+
+
+def test_batch_and_layout_are_chosen_together() -> None:
+    """Data parallel is faster at 16, pipelines at 32: only the pair is worth a move."""
+    seconds = {CURRENT: 1.0, Plan(PIPE, 1, 16): 1.3, Plan(DATA, 1, 32): 2.0, Plan(PIPE, 1, 32): 1.3}
+    assert COPUS.decide(situation(seconds, known(200.0))).chosen == Plan(PIPE, 1, 32)
+
+
+def test_gain_needed_is_where_switching_and_staying_are_worth_the_same() -> None:
+    for cost, horizon in ((1.4, 70.0), (30.0, 31.0), (0.0, 5.0)):
+        assert (horizon - cost) * (1 + gain_needed(cost, horizon)) == pytest.approx(horizon)
+    assert gain_needed(5.0, 5.0) == gain_needed(6.0, 5.0) == math.inf
+
+
+def test_the_lower_quartile_of_the_gain_must_exceed_what_the_switch_costs() -> None:
+    seconds = {CURRENT: 1.0, Plan(PIPE, 1, 16): 0.9}
+    first = COPUS.decide(situation(seconds, None))
+    even = first.gain_low * first.horizon_s / (1 + first.gain_low)  # gain_low = C / (H - C)
+    assert COPUS.decide(situation(seconds, None, layout_cost=even * (1 - 1e-9))).is_switch
+    assert not COPUS.decide(situation(seconds, None, layout_cost=even * (1 + 1e-9))).is_switch
+
+
+def test_near_the_end_nothing_repays_a_switch() -> None:
+    decision = COPUS.decide(situation({CURRENT: 1.0, Plan(PIPE, 1, 16): 0.5}, None, train_samples=1616))
+    assert not decision.is_switch
+    assert decision.gain_needed == math.inf
+    assert "takes all of the" in decision.reason
+    assert decision.to_json()["gain_needed"] is None
+
+
+def test_a_plan_is_kept_for_the_dwell_time() -> None:
+    state = situation({CURRENT: 1.0, Plan(PIPE, 1, 16): 0.5}, None)
+    assert not COPUS.decide(replace(state, steps_since_switch=9)).is_switch
+    assert COPUS.decide(replace(state, steps_since_switch=10)).is_switch
+
+
+def test_unknown_noise_leaves_the_batch_but_not_the_layout() -> None:
+    seconds = line(DATA, 1.0, 0.0) | line(PIPE, 0.5, 0.0)
+    for noise in (None, NoiseEstimate(math.inf, math.nan, math.nan, 0.0, 1.0, 2.0), known(5.0)._replace(low=0.0)):
+        decision = COPUS.decide(situation(seconds, noise))
+        assert decision.chosen == Plan(PIPE, 1, 16)
+        assert set(shares(decision, lambda plan: plan.global_batch != 16)) == {"the noise scale is not known yet"}
+        assert all(score.efficiency is None and score.goodput is None for score in decision.candidates)
+
+
+def test_an_open_upper_end_forbids_shrinking_and_grows_by_the_lower_end() -> None:
+    seconds = line(DATA, 1.0, 1 / 16)
+    opened = NoiseEstimate(math.inf, 0.5, math.inf, N=-0.1, S=1.0, n_eff=20.0)
+    shrinking = COPUS.decide(situation(seconds, opened))
+    assert shrinking.chosen == CURRENT
+    assert all("no upper bound" in why for why in shares(shrinking, lambda plan: plan.global_batch < 16))
+    assert COPUS.decide(situation(seconds, opened._replace(low=128.0))).chosen.global_batch == 32
+
+
+def test_one_decision_changes_the_batch_by_a_factor_of_two_at_most() -> None:
+    state = situation(line(DATA, 1.0, 0.0), known(1e6))
+    decision = COPUS.decide(state)
+    assert decision.chosen.global_batch == 32
+    assert shares(decision, lambda plan: plan.global_batch == 64) == [
+        "more than 2 x from global batch 16 in one decision"
+    ]
+    assert CopusPolicy(max_growth=4.0).decide(state).chosen.global_batch == 64
+
+
+def test_doubt_about_noise_can_hold_back_a_batch_that_certainty_would_choose() -> None:
+    seconds = {CURRENT: 1.0, Plan(DATA, 1, 32): 1.7}
+    sure = COPUS.decide(situation(seconds, known(100.0)))
+    unsure = COPUS.decide(situation(seconds, NoiseEstimate(100.0, 5.0, 2000.0, 1.0, 100.0, 20.0)))
+    assert sure.is_switch
+    assert not unsure.is_switch
+    assert unsure.gain_low < sure.gain_low
+
+
+def test_equal_batches_gain_the_same_whatever_the_noise() -> None:
+    seconds = {CURRENT: 1.0, Plan(PIPE, 1, 16): 0.8}
+    decisions = [COPUS.decide(situation(seconds, noise)) for noise in (None, known(1.0), known(1e6))]
+    assert len({(decision.gain, decision.gain_low) for decision in decisions}) == 1
+
+
+def test_a_plan_that_upstream_rejects_is_listed_with_its_reason_and_never_chosen() -> None:
+    best = Plan(PIPE, 1, 16)
+    state = situation({CURRENT: 1.0, best: 0.1}, None, rejected={best: "upstream says no"})
+    decision = COPUS.decide(state)
+    assert decision.chosen == CURRENT
+    listed = next(score for score in decision.candidates if score.plan == best)
+    assert (listed.feasible, listed.why_not, listed.throughput) == (False, "upstream says no", None)
+    assert "no other plan" in decision.reason
+
+
+def test_the_current_plan_needs_not_be_a_candidate() -> None:
+    seconds = {CURRENT: 1.0, Plan(PIPE, 1, 16): 2.0}
+    decision = COPUS.decide(situation(seconds, None, candidates=(Plan(PIPE, 1, 16),)))
+    assert [score.plan for score in decision.candidates] == [CURRENT, Plan(PIPE, 1, 16)]
+
+
+def test_goodput_is_throughput_times_efficiency() -> None:
+    for score in COPUS.decide(situation(line(DATA, 1.0, 1 / 16), known(32.0))).candidates:
+        assert score.throughput is not None
+        assert score.efficiency is not None
+        assert score.efficiency == pytest.approx(1 / (1 + score.plan.global_batch / 64), rel=0.01)
+        assert score.goodput == score.throughput * score.efficiency
+
+
+def test_the_reason_says_it_in_one_sentence_with_its_numbers() -> None:
+    state = situation({CURRENT: 1.0, Plan(PIPE, 1, 16): 0.99}, None, layout_cost=1.4, train_samples=1600 + 70 * 16)
+    reason = COPUS.decide(state).reason
+    assert reason.startswith("stay: best gain 1.0 % (lower quartile ")
+    assert "needs 2.0 % to repay a 1.4 s switch in the 70 s left" in reason
+
+
+def test_the_same_situation_gives_the_same_decision_and_plain_json() -> None:
+    state = situation(line(DATA, 1.0, 1 / 16) | line(PIPE, 0.6, 1 / 12), known(64.0))
+    again = replace(state, throughput=ThroughputModel.from_json(json.loads(json.dumps(state.throughput.to_json()))))
+    texts = {json.dumps(COPUS.decide(each).to_json(), allow_nan=False) for each in (state, state, again)}
+    assert len(texts) == 1

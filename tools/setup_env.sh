@@ -67,8 +67,10 @@ choose_python() {
 make_venv() {
   choose_python
   say "using $python ($("$python" -V)) for $venv"
-  "$python" -m venv --clear ${venv_args[@]+"${venv_args[@]}"} "$venv" >/dev/null ||
+  "$python" -m venv --clear ${venv_args[@]+"${venv_args[@]}"} "$venv" >/dev/null || {
+    rm -rf "$venv" # half of one would look usable the next time
     fail "$python cannot make virtual environments (on Debian and Ubuntu: apt install python3-venv)"
+  }
 }
 
 # Prints "torch==VERSION" and "triton==VERSION" for what can be imported already, nothing where torch is too old.

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.training.initialize import _set_random_seed
 
 from copus_ext.adapters.job import Job
 from copus_ext.adapters.job_state import inner_optimizers
-from copus_ext.core.plan import Layout
 
 _NEVER_STEPPED = -1
 _SEED_RANGE = 2**31 - 2**20  # upstream adds small numbers per rank, and numpy's seeds end at 2^32
@@ -67,9 +67,9 @@ def carry_scheduler(old: Job, new: Job) -> None:
 
 @dataclass(frozen=True)
 class RngState:
-    """This rank's random generators as they were in ``layout``. Building a job draws from them: capture before that."""
+    """This rank's random generators. Building a job draws from them: capture before that."""
 
-    layout: Layout
+    places: tuple[int, ...]
     python: Any
     numpy: Any
     cpu: torch.Tensor
@@ -77,33 +77,43 @@ class RngState:
     trackers: dict[str, Any]
 
     @classmethod
-    def capture(cls, layout: Layout) -> RngState:
-        """A copy of every generator that training draws from."""
+    def capture(cls) -> RngState:
+        """A copy of every generator that training draws from, and of the sizes of the layout that is active."""
         trackers = {name: _copy(state) for name, state in get_cuda_rng_tracker().get_states().items()}
-        return cls(
-            layout, random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state(), trackers
-        )
+        host = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+        return cls(_places(), *host, torch.cuda.get_rng_state(), trackers)
 
-    def restore(self, layout: Layout, args: argparse.Namespace, iteration: int) -> None:
-        """Go on in ``layout``, which must be active.
-
-        With the same ranks in the same places every generator goes on exactly where it was. In another layout there is
-        no such place: a tensor-parallel rank's stream has no meaning with another number of them. There the generators
-        are seeded anew by upstream's rule for that layout, from a seed made of ``args.seed`` and ``iteration``, so that
-        dropout masks of earlier steps do not come again. All ranks must give the same iteration.
-        """
-        if _places(layout) != _places(self.layout):
-            _seed(args, iteration)
-            return
+    def restore(self) -> None:
+        """Every generator goes on exactly where it was: for going back to the job that was captured."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.cpu)
         torch.cuda.set_rng_state(self.device)
         get_cuda_rng_tracker().set_states({name: _copy(state) for name, state in self.trackers.items()})
 
+    def restore_for(self, job: Job, iteration: int) -> None:
+        """Go on in ``job``, whose layout must be active, from step ``iteration``, which all ranks must give alike.
 
-def _places(layout: Layout) -> tuple[int, ...]:
-    return layout.dp, layout.tp, layout.pp, layout.cp, layout.ep
+        With the same ranks in the same places every generator goes on exactly where it was. In another layout there is
+        no such place: a tensor-parallel rank's stream has no meaning with another number of them. There the generators
+        are seeded anew by upstream's rule for that layout, from a seed made of ``--seed`` and ``iteration``, so that
+        dropout masks of earlier steps do not come again.
+        """
+        if _places() == self.places:
+            self.restore()
+        else:
+            _seed(job.args, iteration)
+
+
+def _places() -> tuple[int, ...]:
+    """Sizes of the active layout: they decide which rank stands where."""
+    return (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_data_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
+    )
 
 
 def _copy(state: Any) -> Any:

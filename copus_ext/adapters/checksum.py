@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from copus_ext.adapters.job_state import Piece
+from copus_ext.adapters.exchange import Piece
 from copus_ext.core.transfer import Holding
 
 _SEED = 20260917

@@ -10,8 +10,22 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from copus_ext.adapters.job_state import Piece
+from copus_ext.core.geometry import strides
 from copus_ext.core.transfer import Holding, Transfer, rounds
+
+
+class Piece(NamedTuple):
+    """Flat range ``[first, first + n)`` of a local tensor of ``shape``, in each of ``tensors`` (1-D, n long)."""
+
+    shape: tuple[int, ...]
+    first: int
+    tensors: tuple[torch.Tensor, ...]
+
+    def views(self, start: tuple[int, ...], shape: tuple[int, ...]) -> list[torch.Tensor]:
+        """The box of ``shape`` that starts at local index ``start``, in each of the tensors, without copying."""
+        steps = strides(self.shape)
+        first = sum(i * s for i, s in zip(start, steps, strict=True)) - self.first
+        return [t.as_strided(shape, steps, t.storage_offset() + first) for t in self.tensors]
 
 
 class _Message(NamedTuple):
@@ -22,9 +36,7 @@ class _Message(NamedTuple):
     views: list[torch.Tensor]
 
 
-def exchange(
-    transfers: Sequence[Transfer], old: Sequence[Piece], new: Sequence[Piece], chunk_bytes: int
-) -> None:
+def exchange(transfers: Sequence[Transfer], old: Sequence[Piece], new: Sequence[Piece], chunk_bytes: int) -> None:
     """Fill ``new`` from ``old`` and from the other ranks' pieces, as the plan says. Collective.
 
     Args:
@@ -41,8 +53,8 @@ def exchange(
                     target.copy_(source)
         outgoing = [t for t in batch if t.on_wire and t.source == rank]
         incoming = [t for t in batch if t.on_wire and t.target == rank]
-        sends = list(_messages(((t.target, v) for t in outgoing for v in _views(old, t.taken))))
-        receives = list(_messages(((t.source, v) for t in incoming for v in _views(new, t.given))))
+        sends = list(_messages((t.target, v) for t in outgoing for v in _views(old, t.taken)))
+        receives = list(_messages((t.source, v) for t in incoming for v in _views(new, t.given)))
         _run(sends, receives)
 
 

@@ -17,33 +17,10 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 
 from copus_ext.adapters.job import Job
+from copus_ext.core.grouping import slices_per_rank
 from copus_ext.core.noise_scale import StepEstimate, step_estimate
-from copus_ext.core.plan import Plan
-
-MIN_GROUPS = 4  # fewer make N and S of a step much noisier (design: 4 groups need 1.2x the steps of 16)
 
 OWN, DUPLICATE, SUM_OVER_TP, MEAN_OVER_TP, TIED = "own", "duplicate", "sum over tp", "mean over tp", "tied"
-
-
-def slices_per_rank(plan: Plan) -> int:
-    """Equal slices to cut each rank's accumulation window into: the fewest that give ``MIN_GROUPS`` groups.
-
-    Where the window has no divisor that large, as many slices as it has micro-batches.
-    """
-    micro_batches = plan.num_microbatches
-    divisors = [d for d in range(1, micro_batches + 1) if micro_batches % d == 0]
-    return next((d for d in divisors if d * plan.layout.dp >= MIN_GROUPS), micro_batches)
-
-
-def why_unmeasurable(plan: Plan) -> str | None:
-    """Why the noise scale can't be measured under this plan, or ``None`` where it can."""
-    if plan.layout.cp > 1:
-        return "gradients of context-parallel ranks are partial sums of one group"
-    if plan.layout.ep > 1:
-        return "experts spread over data-parallel ranks mix the groups"
-    if plan.layout.dp * plan.num_microbatches < 2:
-        return "one micro-batch a step makes one group; two are needed"
-    return None
 
 
 class GradientNoise:

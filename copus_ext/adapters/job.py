@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
@@ -45,6 +47,8 @@ class Job:
             "param_sync_func",
         ):
             setattr(self.config, name, None)
+        for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
+            embedding.forward.cache_clear()  # the cache of a method keeps its object, and that keeps its model
         self.model, self.optimizer, self.scheduler = [], None, None
 
 

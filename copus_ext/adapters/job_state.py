@@ -24,6 +24,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.utils import unwrap_model
 
+from copus_ext.adapters.exchange import Piece
 from copus_ext.adapters.job import Job
 from copus_ext.core.geometry import Box, flat_range_boxes, intersect, shift, strides
 from copus_ext.core.transfer import Holding
@@ -41,20 +42,6 @@ _UNCOVERED = {
 
 class UnsupportedReshard(ValueError):
     """A job whose state this code does not know how to move; said before anything is moved."""
-
-
-class Piece(NamedTuple):
-    """Elements ``[first, first + n)`` of a flattened local tensor of ``shape``, in each of ``tensors`` (1-D, n long)."""
-
-    shape: tuple[int, ...]
-    first: int
-    tensors: tuple[torch.Tensor, ...]
-
-    def views(self, start: tuple[int, ...], shape: tuple[int, ...]) -> list[torch.Tensor]:
-        """The box of ``shape`` that starts at local index ``start``, in each of the tensors, without copying."""
-        steps = strides(self.shape)
-        first = sum(i * s for i, s in zip(start, steps, strict=True)) - self.first
-        return [t.as_strided(shape, steps, t.storage_offset() + first) for t in self.tensors]
 
 
 @dataclass
@@ -121,7 +108,7 @@ def job_state(job: Job, *, with_moments: bool) -> JobState:
     """Everything of ``job`` on this rank that has to be in another layout too.
 
     Args:
-        job: its state is looked at, not changed, but for this: moments that the optimizer has not made yet are allocated.
+        job: its state is looked at, not changed; but moments that the optimizer has not made yet are allocated.
         with_moments: False where no optimizer step was made yet, so that there are none.
 
     Raises:
@@ -190,9 +177,7 @@ def _index_of(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _local_box(entry: ShardedTensor, start: tuple[int, ...]) -> LocalBox:
     prepended = entry.prepend_axis_num
     place = "".join(f"[{i}]" for i in entry.global_offset[:prepended])
-    return LocalBox(
-        f"{entry.key}{place}", Box(tuple(entry.global_offset[prepended:]), tuple(entry.data.shape)), start
-    )
+    return LocalBox(f"{entry.key}{place}", Box(tuple(entry.global_offset[prepended:]), tuple(entry.data.shape)), start)
 
 
 def _optimizer_shards(job: Job) -> dict[int, _Shard]:

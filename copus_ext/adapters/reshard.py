@@ -89,9 +89,7 @@ class _Phases:
 
 
 @torch.no_grad()
-def reshard(
-    old: Job, new: Job, *, plans: PlanCache | None = None, chunk_bytes: int = CHUNK_BYTES
-) -> ReshardReport:
+def reshard(old: Job, new: Job, *, plans: PlanCache | None = None, chunk_bytes: int = CHUNK_BYTES) -> ReshardReport:
     """Give ``new`` the weights, optimizer state, step count and loss scale of ``old``. Collective over all ranks.
 
     Hyper-parameters (learning rate, betas, weight decay) are ``new``'s own: they come from its plan's arguments.
@@ -142,9 +140,7 @@ def _refuse_uncovered(old: Job, new: Job) -> None:
         raise UnsupportedReshard(reason)
 
 
-def _planned(
-    old: Job, new: Job, with_moments: bool, cache: PlanCache
-) -> tuple[JobState, JobState, TransferPlan]:
+def _planned(old: Job, new: Job, with_moments: bool, cache: PlanCache) -> tuple[JobState, JobState, TransferPlan]:
     """This rank's state on both sides and the plan between them, from the cache or from all ranks' holdings."""
     before, after, failure = JobState(), JobState(), None
     try:

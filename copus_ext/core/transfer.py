@@ -98,7 +98,7 @@ def plan_transfer(old: Holdings, new: Holdings) -> TransferPlan:
     """The plan that gives every rank what it holds in ``new`` from what all hold in ``old``.
 
     Args:
-        old: by rank, what it holds now. The boxes of a key may overlap, on one rank or between ranks: they are replicas.
+        old: by rank, what it holds now. Where boxes of a key overlap they are replicas.
         new: by rank, what it will hold.
 
     Raises:
@@ -125,7 +125,7 @@ def plan_transfer(old: Holdings, new: Holdings) -> TransferPlan:
 def rounds(transfers: Sequence[Transfer], limit_bytes: int) -> Iterator[list[Transfer]]:
     """Cut a plan's transfers into rounds in which no rank sends and receives more than ``limit_bytes`` over wires.
 
-    A transfer larger than the limit is split, down to single elements. Order is kept, so rounds are the same everywhere.
+    A transfer larger than that is split, down to single elements. Order is kept: rounds are the same on every rank.
     """
     current: list[Transfer] = []
     used: defaultdict[int, int] = defaultdict(int)

@@ -13,6 +13,8 @@ from copus_ext.core.policy import POLICIES, Policy, make_policy
 from copus_ext.core.schedule import parse_schedule
 from copus_ext.core.space import Space, parse_space
 
+_HALF_LIFE_STEPS = 40  # of the first plan
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the group ``copus`` to upstream's parser."""
@@ -95,7 +97,9 @@ def config_from_args(args: argparse.Namespace, base: Plan) -> CopusConfig:
     policy = make_policy(args.copus_policy, schedule, args.copus_dwell_steps, args.copus_max_growth)
     learning_rate_factor(args.copus_lr_rule, 1, 1)
     _check_length(args)
-    half_life = args.copus_noise_half_life_tokens or args.train_samples * args.seq_length / 20
+    # Long enough for an interval of about 20 % (design: some 50 steps), short enough to follow a noise scale that grows.
+    shortest = _HALF_LIFE_STEPS * base.global_batch
+    half_life = args.copus_noise_half_life_tokens or args.seq_length * max(shortest, args.train_samples / 20)
     if half_life <= 0:
         raise UserError(f"--copus-noise-half-life-tokens {half_life:g} must be positive")
     return CopusConfig(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 
-from copus_ext.adapters.gradient_noise import GradientNoise, why_unmeasurable
+from copus_ext.adapters.gradient_noise import GradientNoise
 from copus_ext.adapters.job import Job
 from copus_ext.core.decision import Decision, Situation
+from copus_ext.core.grouping import why_unmeasurable
 from copus_ext.core.noise_scale import NoiseEstimate
 from copus_ext.core.plan import Plan
 from copus_ext.run.config import CopusConfig
@@ -98,22 +100,24 @@ class Controller(Observer):
         chosen: list[Plan | None] = [None]
         lead = dist.get_world_size() - 1
         if dist.get_rank() == lead:
-            decision = self._decision()
-            self._telemetry.decision(decision)
+            situation = self._situation()
+            decision = self._decision(situation)
+            self._telemetry.decision(decision, situation.noise)
             chosen = [decision.chosen if decision.is_switch else None]
         dist.broadcast_object_list(chosen, src=lead)
         if chosen[0] is not None:
             self.wanted = chosen[0]
             self._args.train_iters = iteration  # train() stops after this step's evaluation and checkpoint
 
-    def _decision(self) -> Decision:
+    def _decision(self, situation: Situation) -> Decision:
         """Ask the policy, until what it wants is not refused by upstream's validation."""
         while True:
-            decision = self._config.policy.decide(self._situation())
+            decision = self._config.policy.decide(situation)
             refusal = self._refusal_of(decision.chosen) if decision.is_switch else None
             if refusal is None:
                 return decision
             self._knowledge.rejected[decision.chosen] = refusal
+            situation = replace(situation, rejected=dict(self._knowledge.rejected))
 
     def _situation(self) -> Situation:
         known = self._knowledge

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 from dataclasses import asdict
 from typing import Any
@@ -14,7 +15,9 @@ from megatron.training.global_vars import set_global_variables
 from copus_ext.adapters.arguments import arguments_for, first_line, model_shape
 from copus_ext.adapters.job import build_job
 from copus_ext.adapters.layouts import LayoutGroups
+from copus_ext.adapters.reshard import PlanCache
 from copus_ext.core.events import read_events
+from copus_ext.core.grouping import why_avoided
 from copus_ext.core.hardware import Hardware
 from copus_ext.core.learning_rate import learning_rate_factor
 from copus_ext.core.noise_scale import NoiseScaleEstimator
@@ -50,11 +53,15 @@ class Driver:
         saved = load_state(raw.load)
         plan = saved.plan if saved else config.first_plan
         self.layouts = LayoutGroups()  # before upstream makes any group
+        self.transfers = PlanCache()
         raw.padded_vocab_size = self._padded_vocabulary()
         args = arguments_for(raw, plan, **self._overrides(plan))
         set_global_variables(args)
         training.initialize_megatron()
         training.set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
+        # What lives by now lives for ever. Collecting garbage after a switch need not look at it: 3 ms instead of 400.
+        gc.collect()
+        gc.freeze()
         self.job = build_job(plan, args, self.layouts.adopt(plan.layout))
         args.curr_iteration = args.iteration  # upstream sets it in its loop only
         self.knowledge = self._first_knowledge(args, hardware, saved)
@@ -94,13 +101,18 @@ class Driver:
     def _first_knowledge(self, args: argparse.Namespace, hardware: Hardware, saved: SavedState | None) -> Knowledge:
         model = model_shape(args)
         plans = self.config.space.plans(self.config.base, model) if self.config.searches else []
-        too_big = {plan: why for plan in plans if (why := too_large(plan, model, hardware.memory_bytes))}
+        base = self.config.base
+        rejected = {
+            plan: why
+            for plan in plans
+            if (why := too_large(plan, model, hardware.memory_bytes) or why_avoided(plan, base))
+        }
         knowledge = Knowledge(
             noise=NoiseScaleEstimator(half_life_tokens=self.config.noise_half_life_tokens),
             throughput=ThroughputModel(model, hardware),
             switch_cost=first_switch_cost(model, hardware, args.world_size),
             candidates=tuple(plans),
-            rejected=too_big,
+            rejected=rejected,
         )
         if saved:
             knowledge.restore(saved)
@@ -182,7 +194,7 @@ class Driver:
         old = self.job.plan
         try:
             with quiet():
-                self.job, report = switch(self.job, plan, self.raw, self._overrides(plan), self.layouts)
+                self.job, report = switch(self.job, plan, self.raw, self._overrides(plan), self.layouts, self.transfers)
         except SwitchFailed as fault:
             self.knowledge.rejected[plan] = str(fault)
             self.telemetry.event("fault", kind="switch", message=str(fault), plan=str(plan))

@@ -26,6 +26,7 @@ _CPU_FLAGS = {  # what upstream must be told where there is no accelerator; by a
     "bias_dropout_fusion": False,
     "no_persist_layer_norm": True,
     "apply_rope_fusion": False,
+    "create_attention_mask_in_dataloader": False,  # unfused attention makes the causal mask itself, once
     "num_workers": 0,  # a loader process per rank and data set would take the cores the ranks compute on
 }
 
@@ -54,7 +55,9 @@ def _refuse(error: UserError) -> int:
 
 def _prepare_environment() -> None:
     """What must be set before torch is imported. Without torchrun, this is a job of one rank."""
-    warnings.filterwarnings("ignore", module=r"megatron\..*")  # each names a GPU library that is not there
+    for noise in ({"module": r"megatron\..*"}, {"message": ".*pin_memory.*"}, {"category": SyntaxWarning}):
+        warnings.filterwarnings("ignore", **noise)  # upstream's, of GPU libraries that are not there
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # upstream insists, for tensor and context parallelism
     if "RANK" not in os.environ:
         with socket.socket() as free:

@@ -16,7 +16,7 @@ from megatron.training.global_vars import set_args
 from copus_ext.adapters.arguments import arguments_for, first_line
 from copus_ext.adapters.job import Job, build_job
 from copus_ext.adapters.layouts import LayoutGroups
-#from copus_ext.adapters.reshard import RngState, carry_scheduler, reshard
+from copus_ext.adapters.reshard import PlanCache, RngState, carry_scheduler, reshard
 from copus_ext.core.plan import Plan
 from copus_ext.run.progress import carry_progress
 
@@ -56,7 +56,7 @@ class _Phases:
 
 
 def switch(
-    job: Job, plan: Plan, raw: argparse.Namespace, overrides: dict[str, Any], layouts: LayoutGroups
+    job: Job, plan: Plan, raw: argparse.Namespace, overrides: dict[str, Any], layouts: LayoutGroups, transfers: PlanCache
 ) -> tuple[Job, SwitchReport]:
     """Go from the job's plan to ``plan``. Collective over all ranks.
 
@@ -66,6 +66,7 @@ def switch(
         raw: upstream's arguments before validation.
         overrides: further arguments for the new plan (learning rates, padded vocabulary).
         layouts: the process groups of layouts used so far.
+        transfers: the transfer plans made so far.
 
     Returns:
         The job to go on with, and how it went.
@@ -89,7 +90,7 @@ def switch(
         rng.restore()
         raise
     phases.end("prepare")
-    moved = reshard(job, new)
+    moved = reshard(job, new, plans=transfers)
     phases.seconds |= moved.seconds
     report.bytes_moved, report.bytes_minimum, report.exact = moved.bytes_moved, moved.bytes_minimum, moved.exact
     phases.end("_move")

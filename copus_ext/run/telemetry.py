@@ -29,6 +29,7 @@ class Telemetry:
     def __init__(self, directory: Path, leads: bool, resumed_from: int | None) -> None:
         self.leads = leads
         self.path = directory / EVENTS_FILE
+        self._last_loss: float | None = None
         self._log: EventSink = EventLog(self.path, time.monotonic, resumed_from) if leads else NullEventLog()
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -43,6 +44,7 @@ class Telemetry:
 
     def step(self, result: StepResult, plan: Plan, seq_length: int) -> None:
         """A step was taken under ``plan``."""
+        self._last_loss = result.loss
         self.event(
             "step",
             loss=result.loss,
@@ -71,14 +73,20 @@ class Telemetry:
         if wandb is not None:
             wandb.log(values, args.curr_iteration)
 
-    def decision(self, decision: Decision) -> None:
-        """The policy decided."""
+    def decision(self, decision: Decision, noise: NoiseEstimate | None) -> None:
+        """The policy decided, knowing ``noise`` of the noise scale."""
         record = decision.to_json()
         record |= {"chosen": str(decision.chosen), "current": str(decision.current)}
         for seen, score in zip(record["candidates"], decision.candidates, strict=True):
             seen["plan"] = str(score.plan)
         self.event("decision", **record)
-        self.say(f"iteration {get_args().curr_iteration}: {decision.reason}")
+        args = get_args()
+        loss = "" if self._last_loss is None else f"loss {self._last_loss:.4f} | "
+        scale = "unknown" if noise is None else f"{noise.value:.3g} [{noise.low:.3g}, {noise.high:.3g}]"
+        self.say(
+            f"iteration {args.curr_iteration:5d} | samples {args.consumed_train_samples}/{args.train_samples} | "
+            f"{decision.current} | {loss}noise scale {scale} | {decision.reason}"
+        )
 
     def switch(self, report: SwitchReport) -> None:
         """The job moved to another plan."""

@@ -214,6 +214,11 @@ def _redirect_start_up() -> None:
     training.set_jit_fusion_options = _nothing
 
 
+def _run_eagerly() -> None:
+    """Upstream compiles small kernels for speed; on a CPU that takes a C++ compiler and more time than it saves."""
+    torch.compiler.set_stance("force_eager")
+
+
 def apply() -> None:
     """Answer upstream's questions to CUDA on the CPU. Does nothing where there is a CUDA device."""
     if torch.cuda.is_available():
@@ -223,6 +228,7 @@ def apply() -> None:
     _redirect_cuda_module()
     _redirect_rng()
     _redirect_start_up()
+    _run_eagerly()
 
 
 PATCH = Patch(

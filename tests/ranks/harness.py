@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import queue
+import sys
 import tempfile
 import time
 import traceback
@@ -66,6 +68,8 @@ def _rank_main(
     import torch.distributed
 
     torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    sys.stdout = open(os.devnull, "w")  # upstream describes every model it builds; failures travel in the queue
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # upstream insists on it for tensor parallelism
     os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}

@@ -1,7 +1,10 @@
 """Imported once by the fork server, so that a rank starts in a fraction of a second instead of ten."""
 
+import warnings
+
 import torch
 
+warnings.simplefilter("ignore")  # upstream tells of every GPU library that is not there
 torch.set_num_threads(1)
 
 import megatron.core.distributed  # noqa: E402

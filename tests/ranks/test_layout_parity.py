@@ -1,0 +1,71 @@
+"""The same seed and samples give the same losses and gradient norms in every layout, from the first step on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from copus_ext.core.plan import Layout, Plan
+from tests.ranks.harness import run_ranks
+
+STEPS = 4
+BATCH = 8
+LAYOUTS = (
+    Layout(dp=4),
+    Layout(dp=2, tp=2),
+    Layout(tp=4),
+    Layout(dp=2, pp=2),
+    Layout(pp=4),
+    Layout(tp=2, pp=2),
+    Layout(dp=2, pp=2, vpp=2),
+)
+MODERN = "--swiglu --group-query-attention --num-query-groups 4 --normalization RMSNorm --disable-bias-linear "
+EXPERTS = (
+    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-token-dispatcher-type allgather "
+    "--moe-router-load-balancing-type none --disable-bias-linear "
+)
+
+
+def curve(flags: str, layout: Layout) -> list[tuple[float | None, float | None]]:
+    """Loss and gradient norm of a few steps under ``layout``, as this rank sees them."""
+    from copus_ext.adapters.job import build_job
+    from tests.ranks.stepping import one_step
+    from tests.ranks.tiny import raw_arguments, start_upstream
+
+    plan = Plan(layout, 1, BATCH)
+    args, _, groups = start_upstream(raw_arguments(flags), plan)
+    job = build_job(plan, args, groups)
+    return [tuple(one_step(job, first_sample=BATCH * step)) for step in range(STEPS)]
+
+
+def seen_on_the_last_rank(flags: str, layout: Layout) -> list[float]:
+    """The curve as one list; the last rank is on the last stage in every layout."""
+    return [value for step in run_ranks(4, curve, flags, layout)[-1] for value in step if value is not None]
+
+
+@pytest.mark.parametrize(
+    ("flags", "layouts", "tolerance"),
+    [
+        ("", LAYOUTS, 1e-5),
+        (MODERN + "--untie-embeddings-and-output-weights", LAYOUTS, 1e-5),
+        ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", LAYOUTS[1::3], 1e-5),
+        ("--bf16", LAYOUTS[::2], 2e-2),
+        (EXPERTS, (Layout(dp=4), Layout(dp=4, ep=2), Layout(dp=4, ep=4), Layout(dp=2, pp=2, ep=2)), 1e-5),
+    ],
+    ids=["gpt", "llama-like", "recompute", "bf16", "experts"],
+)
+def test_every_layout_trains_the_same_model(flags: str, layouts: tuple[Layout, ...], tolerance: float) -> None:
+    first = seen_on_the_last_rank(flags, layouts[0])
+    assert len(first) == 2 * STEPS
+    assert first[-2] < first[0], "it does not learn"
+    for layout in layouts[1:]:
+        assert seen_on_the_last_rank(flags, layout) == pytest.approx(first, rel=tolerance), str(layout)
+
+
+@pytest.mark.parametrize("flags", ["", "--overlap-grad-reduce --overlap-param-gather", "--bf16"])
+def test_the_distributed_optimizer_trains_the_same_model(flags: str) -> None:
+    plain = seen_on_the_last_rank(flags.replace("--overlap-param-gather", ""), Layout(dp=4))
+    for layout in (Layout(dp=4), Layout(dp=2, pp=2), Layout(dp=2, tp=2)):
+        sharded = seen_on_the_last_rank(flags, replace(layout, distributed_optimizer=True))
+        assert sharded == pytest.approx(plain, rel=2e-2 if "bf16" in flags else 1e-5), str(layout)

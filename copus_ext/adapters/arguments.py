@@ -50,14 +50,27 @@ def plan_of(raw: argparse.Namespace) -> Plan:
     """
     from megatron.training.arguments import validate_args
 
+    _check_batch(raw)
     args = copy.deepcopy(raw)
     try:
-        if args.micro_batch_size is None:
-            raise UserError("--micro-batch-size is missing")
         validate_args(args)
         return _plan_of_validated(args, bool(raw.sequence_parallel))
     except (AssertionError, ValueError, RuntimeError) as error:
         raise UserError(f"the flags do not go together: {first_line(error)}") from error
+
+
+def _check_batch(raw: argparse.Namespace) -> None:
+    """What upstream finds out later, and then says of other flags."""
+    if raw.micro_batch_size is None:
+        raise UserError("--micro-batch-size is missing; say how many sequences a rank takes at a time")
+    model_ranks = raw.tensor_model_parallel_size * raw.pipeline_model_parallel_size * raw.context_parallel_size
+    per_step = raw.micro_batch_size * max(1, raw.world_size // model_ranks)
+    if raw.global_batch_size and raw.global_batch_size % per_step:
+        raise UserError(
+            f"--global-batch-size {raw.global_batch_size} is not divisible by --micro-batch-size "
+            f"{raw.micro_batch_size} x {per_step // raw.micro_batch_size} data-parallel ranks; "
+            f"give a multiple of {per_step}"
+        )
 
 
 def first_line(error: BaseException) -> str:
@@ -96,7 +109,7 @@ def arguments_for(raw: argparse.Namespace, plan: Plan, **more: Any) -> argparse.
     args = copy.deepcopy(raw)
     for name, value in {**plan_overrides(raw, plan), **more}.items():
         setattr(args, name, value)
-    # Evaluation must read the same samples whatever the plan, so its batch is the run's, and only its micro-batch follows.
+    # Evaluation must read the same samples whatever the plan: its batch is the run's, only its micro-batch follows.
     if args.eval_global_batch_size:
         per_rank = max(1, args.eval_global_batch_size // plan.layout.dp)
         args.eval_micro_batch_size = math.gcd(per_rank, args.eval_micro_batch_size or plan.micro_batch)

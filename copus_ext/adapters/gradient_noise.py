@@ -1,9 +1,10 @@
 """Square norms of the gradients of independent groups of sequences, read while Megatron accumulates and reduces them.
 
-A group is what one data-parallel rank accumulates in a step; where there are fewer than four such ranks, the accumulation
-window of each is cut into equal slices. Gradients are read just before their reduction starts (``start_grad_sync`` of a
-bucket group, which serves overlapped and plain reduction, 1F1B and interleaved schedules), so never after clipping. The
-square norm of the mean gradient needs no pass of ours: it is the gradient norm that upstream computes for clipping.
+A group is what one data-parallel rank accumulates in a step; where there are fewer than four such ranks, the
+accumulation window of each is cut into equal slices. Gradients are read just before their reduction starts
+(``start_grad_sync`` of a bucket group, which serves overlapped and plain reduction, 1F1B and interleaved schedules), so
+never after clipping. The square norm of the mean gradient needs no pass of ours: it is the gradient norm that upstream
+computes for clipping.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class GradientNoise:
         self._partial: dict[str, dict[int, list[torch.Tensor]]] = {}  # by kind and slice
         self._seen: dict[torch.nn.Parameter, int] = {}  # micro-batches accumulated in this step
         self._slices_read: dict[torch.nn.Parameter, int] = {}
-        self._previous: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self._previous: dict[Any, torch.Tensor] = {}
         self._undo: list[Callable[[], None]] = []
 
     def _zero(self) -> torch.Tensor:
@@ -102,7 +103,7 @@ class GradientNoise:
         params = [param for param in chunk.module.parameters() if param.requires_grad]
         for param, accumulator in zip(params, chunk.grad_accs, strict=True):
 
-            def count(*_: Any, param: torch.nn.Parameter = param) -> None:
+            def count(*_: Any, param: Any = param) -> None:
                 self._seen[param] = seen = self._seen.get(param, 0) + 1
                 if seen % self._window == 0 and seen < self._window * self._slices:
                     self._read(param)
@@ -111,7 +112,7 @@ class GradientNoise:
             # Registered after DDP's own hook, which has added this micro-batch to main_grad when ours runs.
             self._undo.append(accumulator.register_hook(count).remove)
 
-    def _read(self, param: torch.nn.Parameter) -> None:
+    def _read(self, param: Any) -> None:
         """Take in what ``param`` accumulated since the last reading."""
         kind = self._classes[param]
         number = self._slices_read.get(param, 0)
@@ -147,7 +148,7 @@ class GradientNoise:
         """What turns an accumulated gradient into that of the mean loss: loss scale and per-token normalisation."""
         scale = 1.0 / float(self._job.optimizer.get_loss_scale())
         if self._job.config.calculate_per_token_loss:
-            # Sums over tokens: a rank's mean is over the tokens it saw, all of which count (no padding in pre-training).
+            # Sums over tokens: a rank's mean is over the tokens it saw, all of which count in pre-training.
             plan = self._job.plan
             scale *= plan.layout.dp / (plan.global_batch * self._job.args.seq_length)
         return scale

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import unwrap_model
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
@@ -29,7 +33,7 @@ class Job:
     plan: Plan
     args: argparse.Namespace
     groups: ProcessGroupCollection
-    model: list[torch.nn.Module]
+    model: list[Any]
     optimizer: Any
     scheduler: Any
     config: Any
@@ -53,7 +57,12 @@ class Job:
 
 
 def build_job(
-    plan: Plan, args: argparse.Namespace, groups: ProcessGroupCollection, *, initialise_weights: bool = True
+    plan: Plan,
+    args: argparse.Namespace,
+    groups: ProcessGroupCollection,
+    *,
+    initialise_weights: bool = True,
+    when_models_are_built: Callable[[], None] | None = None,
 ) -> Job:
     """Build model, optimizer and learning-rate scheduler; ``args`` become upstream's global arguments.
 
@@ -61,21 +70,42 @@ def build_job(
         plan: the plan that ``args`` are for.
         args: validated arguments. ``args.load`` is obeyed: a checkpoint is loaded where it names one.
         groups: the layout's process groups, which must be the active ones.
-        initialise_weights: False leaves weights as they come from the allocator, for a reshard to fill.
+        initialise_weights: False leaves weights as they come from the allocator, for a reshard to fill. Models are
+            then built by every rank for itself.
+        when_models_are_built: called between the models and the optimizer, which is built by all ranks together.
     """
     set_args(args)
     model_config = gpt_config_from_args(args)
+    if when_models_are_built is not None:
+        model_config.post_wrap_hooks.append(partial(_call_and_pass_on, when_models_are_built))
     if not initialise_weights:
         # Not perform_initialization=False: that also leaves out the tensor-parallel attributes of parameters.
         model_config.transformer.init_method = _leave_as_is
         model_config.transformer.output_layer_init_method = _leave_as_is
         model_config.transformer.embedding_init_method = _leave_as_is
     container = pretrain_cfg_container_from_args(args, model_config)
-    model, optimizer, scheduler = setup_model_and_optimizer(
-        ModelType.encoder_or_decoder, cfg_container=container, pg_collection=groups, checkpointing_context={}
-    )
+    with contextlib.nullcontext() if initialise_weights else _tied_embeddings_left_apart():
+        model, optimizer, scheduler = setup_model_and_optimizer(
+            ModelType.encoder_or_decoder, cfg_container=container, pg_collection=groups, checkpointing_context={}
+        )
     return Job(plan, args, groups, model, optimizer, scheduler, unwrap_model(model[0]).config)
 
 
 def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
     return weight
+
+
+def _call_and_pass_on(call: Callable[[], None], model: list[Any]) -> list[Any]:
+    call()
+    return model
+
+
+@contextlib.contextmanager
+def _tied_embeddings_left_apart() -> Iterator[None]:
+    """Build models without the all-reduce that makes tied embeddings of the first and the last stage equal."""
+    takes_part = LanguageModule._is_in_embd_group
+    LanguageModule._is_in_embd_group = lambda _: False
+    try:
+        yield
+    finally:
+        LanguageModule._is_in_embd_group = takes_part

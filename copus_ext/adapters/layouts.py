@@ -1,8 +1,8 @@
 """The process groups of several layouts, alive in one process.
 
-Upstream keeps the groups of *the* layout in module globals of ``parallel_state``, and much of it reads them there. So a layout
-that was used once keeps a snapshot of those globals, and going to it again puts the snapshot back: no group is made twice,
-none is destroyed. This is the one place of ours that touches those globals.
+Upstream keeps the groups of *the* layout in module globals of ``parallel_state``, and much of it reads them there. So a
+layout that was used once keeps a snapshot of those globals, and going to it again puts the snapshot back: no group is
+made twice, none is destroyed. This is the one place of ours that touches those globals.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ _UNKNOWN_GPU = "A100"
 
 
 def gpu_hardware(name: str, devices_per_node: int, memory_bytes: float) -> Hardware:
-    """Figures for the GPU that calls itself ``name``; for one that is not known, an A100's (measuring corrects them)."""
+    """Figures for the GPU that calls itself ``name``; an A100's for one that is not known (measuring corrects them)."""
     kind = next((kind for kind in _GPUS if kind in name), _UNKNOWN_GPU)
     flops, memory, inside, outside = (_REACHED * peak for peak in _GPUS[kind])
     return Hardware(

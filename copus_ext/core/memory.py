@@ -1,6 +1,7 @@
 """How much memory a plan needs on its fullest rank, in closed form: enough to keep clear of plans that cannot fit.
 
-First version: training state exactly, activations after Korthikanti et al. 2022 (arXiv 2205.05198, eq. 2 and 4), logits.
+First version: training state exactly, activations after Korthikanti et al. 2022 (arXiv 2205.05198, eq. 2 and 4), and
+logits.
 """
 
 from __future__ import annotations

@@ -80,12 +80,8 @@ class CopusConfig:
         return self.policy_name == "copus"
 
 
-def config_from_args(args: argparse.Namespace, base: Plan) -> CopusConfig:
-    """Check the flags against each other and against the plan that upstream's flags describe.
-
-    Args:
-        args: upstream's namespace with the copus group.
-        base: the plan of upstream's flags.
+def check_flags(args: argparse.Namespace) -> None:
+    """Check what can be checked of the flags alone.
 
     Raises:
         UserError: something is wrong; the message says what to do.
@@ -93,11 +89,24 @@ def config_from_args(args: argparse.Namespace, base: Plan) -> CopusConfig:
     for name, least in (("copus_interval", 1), ("copus_dwell_steps", 0), ("copus_max_growth", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; give at least {least}")
+    learning_rate_factor(args.copus_lr_rule, 1, 1)
+    parse_space(args.copus_space)
+    _check_length(args)
+
+
+def config_from_args(args: argparse.Namespace, base: Plan) -> CopusConfig:
+    """Check the flags against the plan that upstream's flags describe, and make one value of them.
+
+    Args:
+        args: upstream's namespace with the copus group, after :func:`check_flags`.
+        base: the plan of upstream's flags.
+
+    Raises:
+        UserError: something is wrong; the message says what to do.
+    """
     schedule = parse_schedule(args.copus_schedule, base) if args.copus_schedule is not None else None
     policy = make_policy(args.copus_policy, schedule, args.copus_dwell_steps, args.copus_max_growth)
-    learning_rate_factor(args.copus_lr_rule, 1, 1)
-    _check_length(args)
-    # Long enough for an interval of about 20 % (design: some 50 steps), short enough to follow a noise scale that grows.
+    # Long enough for an interval of about 20 % (some 50 steps), short enough to follow a noise scale that grows.
     shortest = _HALF_LIFE_STEPS * base.global_batch
     half_life = args.copus_noise_half_life_tokens or args.seq_length * max(shortest, args.train_samples / 20)
     if half_life <= 0:

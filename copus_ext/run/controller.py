@@ -1,4 +1,4 @@
-"""Between the training loop and the policy: learns from every step, asks the policy now and then, agrees on the answer."""
+"""Between the training loop and the policy: learns from every step, asks the policy, and has all ranks agree."""
 
 from __future__ import annotations
 

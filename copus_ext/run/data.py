@@ -18,7 +18,7 @@ class Data:
     """
 
     def __init__(self, validation_factor: int = 1) -> None:
-        """``validation_factor``: how many times the steps, and so evaluations, of the first plan there may come to be."""
+        """``validation_factor``: how many times as many evaluations there may be as under the first plan."""
         self._validation_factor = validation_factor
         self._datasets: tuple[Any, Any, Any] | None = None
 

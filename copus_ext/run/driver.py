@@ -16,6 +16,8 @@ from copus_ext.adapters.arguments import arguments_for, first_line, model_shape
 from copus_ext.adapters.job import build_job
 from copus_ext.adapters.layouts import LayoutGroups
 from copus_ext.adapters.reshard import PlanCache
+from copus_ext.core.candidates import infeasible_reason
+from copus_ext.core.errors import UserError
 from copus_ext.core.events import read_events
 from copus_ext.core.grouping import why_avoided
 from copus_ext.core.hardware import Hardware
@@ -55,6 +57,7 @@ class Driver:
         self.layouts = LayoutGroups()  # before upstream makes any group
         self.transfers = PlanCache()
         raw.padded_vocab_size = self._padded_vocabulary()
+        self._check_schedule()
         args = arguments_for(raw, plan, **self._overrides(plan))
         set_global_variables(args)
         training.initialize_megatron()
@@ -80,6 +83,13 @@ class Driver:
         size = build_tokenizer(probe).vocab_size
         multiple = self.raw.make_vocab_size_divisible_by * math.lcm(*self._tensor_parallel_sizes())
         return math.ceil(size / multiple) * multiple
+
+    def _check_schedule(self) -> None:
+        """Every plan that is scheduled must be one that the model and upstream allow, now and not when it is due."""
+        for plan in self.config.scheduled:
+            if refusal := self._refusal_of(plan):
+                flag = "--copus-schedule" if self.config.policy_name == "schedule" else "the flags"
+                raise UserError(f"{flag}: plan {plan} cannot be: {refusal}")
 
     def _tensor_parallel_sizes(self) -> list[int]:
         if not self.config.searches:
@@ -119,13 +129,13 @@ class Driver:
         return knowledge
 
     def _refusal_of(self, plan: Plan) -> str | None:
-        """Why upstream's own validation refuses a plan; ``None`` where it does not."""
+        """Why a plan is refused by the model's sizes or by upstream's own validation; ``None`` where it is not."""
         try:
             with quiet():
-                arguments_for(self.raw, plan, **self._overrides(plan))
+                args = arguments_for(self.raw, plan, **self._overrides(plan))
+            return infeasible_reason(plan, model_shape(args))
         except (AssertionError, ValueError, RuntimeError) as error:
             return first_line(error)
-        return None
 
     # -- running
 
@@ -171,6 +181,10 @@ class Driver:
         args.train_iters = args.iteration + steps_until(args, end)
         job.config.finalize_model_grads_func = job.config.no_sync_func = None  # train() sets them anew
         controller = Controller(job, self.config, self.knowledge, self.telemetry, self._refusal_of, continues_a_run)
+        if continues_a_run:  # train() starts this timer and leaves it running
+            timer = get_timers()("interval-time")
+            timer.stop()
+            timer.reset()
         with controller, observing(controller):
             args.iteration, args.num_floating_point_operations_so_far = training.train(
                 gpt.forward_step,
@@ -184,9 +198,6 @@ class Driver:
                 {},
                 None,
             )
-        timer = get_timers()("interval-time")  # train() leaves it running
-        timer.stop()
-        timer.reset()
         return controller.wanted
 
     def _switch(self, plan: Plan) -> bool:

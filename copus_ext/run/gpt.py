@@ -69,7 +69,7 @@ def _load(data_iterator: Any) -> dict[str, torch.Tensor | None]:
 
 
 def loss_func(
-    loss_mask: torch.Tensor, output_tensor: torch.Tensor
+    loss_mask: Any, output_tensor: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Masked cross entropy summed over a micro-batch.
 

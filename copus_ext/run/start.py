@@ -114,10 +114,11 @@ def _check_data(raw: argparse.Namespace) -> None:
 
 def _run(raw: argparse.Namespace) -> int:
     from copus_ext.adapters.arguments import plan_of
-    from copus_ext.run.config import config_from_args
+    from copus_ext.run.config import check_flags, config_from_args
 
     if raw.no_copus:
         return _run_plain(raw)
+    check_flags(raw)
     config = config_from_args(raw, plan_of(raw))
     from copus_ext.run.driver import Driver
     from copus_ext.run.hardware import describe_hardware

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,6 @@ from copus_ext.adapters.layouts import LayoutGroups
 from copus_ext.adapters.reshard import PlanCache, RngState, carry_scheduler, reshard
 from copus_ext.core.plan import Plan
 from copus_ext.run.progress import carry_progress
-
 
 @dataclass
 class SwitchReport:
@@ -56,7 +56,12 @@ class _Phases:
 
 
 def switch(
-    job: Job, plan: Plan, raw: argparse.Namespace, overrides: dict[str, Any], layouts: LayoutGroups, transfers: PlanCache
+    job: Job,
+    plan: Plan,
+    raw: argparse.Namespace,
+    overrides: dict[str, Any],
+    layouts: LayoutGroups,
+    transfers: PlanCache,
 ) -> tuple[Job, SwitchReport]:
     """Go from the job's plan to ``plan``. Collective over all ranks.
 
@@ -76,7 +81,7 @@ def switch(
     """
     phases = _Phases()
     report = SwitchReport(job.plan, plan, phases.seconds)
-    args = _agreed(lambda: arguments_for(raw, plan, **overrides), f"the arguments of {plan}")
+    args = _agreed(lambda _: arguments_for(raw, plan, **overrides), f"the arguments of {plan}")
     carry_progress(job.args, args)
     if plan.layout == job.plan.layout:
         _change_batch(job, plan, args)
@@ -84,7 +89,7 @@ def switch(
         return job, report
     rng = RngState.capture()
     try:
-        new = _agreed(lambda: _prepare(plan, args, layouts), f"the job of {plan}")
+        new = _agreed(lambda vote: _prepare(plan, args, layouts, vote), f"the job of {plan}")
     except SwitchFailed:
         _return_to(job, layouts)
         rng.restore()
@@ -103,12 +108,15 @@ def switch(
     return new, report
 
 
-def _prepare(plan: Plan, args: argparse.Namespace, layouts: LayoutGroups) -> Job:
-    """Groups, model and optimizer of the next plan, with weights still to come."""
+def _prepare(plan: Plan, args: argparse.Namespace, layouts: LayoutGroups, vote: Callable[[], None]) -> Job:
+    """Groups, model and optimizer of the next plan, with weights still to come.
+
+    Models are where memory runs out, and are built by each rank for itself; what comes behind them is collective.
+    """
     groups = layouts.activate(plan.layout, args)
     set_micro_batches(args)
     iteration, flops = args.iteration, args.num_floating_point_operations_so_far
-    new = build_job(plan, args, groups, initialise_weights=False)
+    new = build_job(plan, args, groups, when_models_are_built=vote, initialise_weights=False)
     args.iteration, args.num_floating_point_operations_so_far = iteration, flops  # building sets them to 0
     return new
 
@@ -122,6 +130,7 @@ def _change_batch(job: Job, plan: Plan, args: argparse.Namespace) -> None:
     scheduler = job.scheduler
     scheduler.init_lr, scheduler.max_lr, scheduler.min_lr = args.lr_warmup_init, args.lr, args.min_lr
     scheduler.step(0)
+    args.train_iters = job.args.train_iters  # upstream works it out when it builds a scheduler, which is kept here
     job.plan, job.args = plan, args
     set_args(args)
     set_micro_batches(args)
@@ -146,17 +155,34 @@ def set_micro_batches(args: argparse.Namespace) -> None:
     )
 
 
-def _agreed(step: Any, what: str) -> Any:
-    """Do ``step`` on every rank, and fail on every rank if it failed on one."""
-    failure: BaseException | None = None
-    result = None
+class _PeerFailed(Exception):
+    """Another rank voted against."""
+
+
+def _agreed[Result](step: Callable[[Callable[[], None]], Result], what: str) -> Result:
+    """Do ``step`` on every rank, and fail on every rank if it fails on one.
+
+    ``step`` is given a function to call before anything collective: it returns when all ranks have come as far, and
+    ends the step on the others where one failed on its way there.
+    """
+
+    def vote() -> None:
+        if _count(False):
+            raise _PeerFailed
+
     try:
-        result = step()
+        result = step(vote)
+        vote()
+    except _PeerFailed:
+        raise SwitchFailed(f"{what} failed on another rank") from None
     except (AssertionError, ValueError, RuntimeError) as error:
-        failure = error
-    failed = torch.tensor([failure is not None], dtype=torch.int32, device=torch.cuda.current_device())
-    dist.all_reduce(failed)
-    if int(failed):
-        said = first_line(failure) if failure else "another rank says why"
-        raise SwitchFailed(f"{what} failed on {int(failed)} ranks: {said}") from failure
+        _count(True)
+        raise SwitchFailed(f"{what} failed on rank {dist.get_rank()}: {first_line(error)}") from error
     return result
+
+
+def _count(failed: bool) -> int:
+    """How many ranks failed."""
+    votes = torch.tensor([failed], dtype=torch.int32, device=torch.cuda.current_device())
+    dist.all_reduce(votes)
+    return int(votes)

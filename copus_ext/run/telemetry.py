@@ -1,4 +1,4 @@
-"""What a run tells: ``events.jsonl``, TensorBoard, and lines on the terminal. Written on the last rank, as upstream's log is."""
+"""What a run tells: ``events.jsonl``, TensorBoard, lines on the terminal; by the last rank, as upstream's log is."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EVENTS_FILE = "events.jsonl"
 
 
 class Telemetry:
-    """Turns what happens into events, curves and lines. On ranks that do not lead it takes everything and writes nothing."""
+    """Turns what happens into events, curves and lines. On ranks that do not lead it writes nothing."""
 
     def __init__(self, directory: Path, leads: bool, resumed_from: int | None) -> None:
         self.leads = leads
@@ -32,10 +32,10 @@ class Telemetry:
         self._last_loss: float | None = None
         self._log: EventSink = EventLog(self.path, time.monotonic, resumed_from) if leads else NullEventLog()
 
-    def event(self, kind: str, **fields: Any) -> None:
-        """One event of ``kind`` at the run's present progress."""
+    def event(self, event: str, /, **fields: Any) -> None:
+        """One event at the run's present progress."""
         args = get_args()
-        self._log.write(kind, args.curr_iteration, args.consumed_train_samples, **fields)
+        self._log.write(event, args.curr_iteration, args.consumed_train_samples, **fields)
 
     def say(self, text: str) -> None:
         """One line for whoever watches the run."""

@@ -1,7 +1,7 @@
 """Upstream Megatron, unmodified, on a machine without an accelerator.
 
-Upstream asks CUDA for its device, memory, streams and random generator in places that no flag reaches. Where there is no
-CUDA those questions are answered by the CPU: the redirections below are the whole list, one function per kind.
+Upstream asks CUDA for its device, memory, streams and random generator in places that no flag reaches. Where there is
+no CUDA those questions are answered by the CPU: the redirections below are the whole list, one function per kind.
 """
 
 from __future__ import annotations
@@ -143,12 +143,15 @@ def _memory_stats(*_: Any, **__: Any) -> dict[str, int]:
     return {**current, "allocated_bytes.all.peak": peak, "reserved_bytes.all.peak": peak, "allocation.all.current": 0}
 
 
+def _total_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _device_properties(*_: Any, **__: Any) -> SimpleNamespace:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     # 8.0 is the oldest capability for which upstream takes no special path.
     name = platform.processor() or platform.machine()
     cores = os.cpu_count() or 1
-    return SimpleNamespace(major=8, minor=0, name=name, total_memory=total, multi_processor_count=cores)
+    return SimpleNamespace(major=8, minor=0, name=name, total_memory=_total_memory(), multi_processor_count=cores)
 
 
 @contextlib.contextmanager
@@ -175,8 +178,8 @@ def _redirect_cuda_module() -> None:
         "stream": _no_stream,
         "memory_stats": _memory_stats,
         "mem_get_info": lambda *_: (
-            _device_properties().total_memory - resident_bytes(),
-            _device_properties().total_memory,
+            _total_memory() - resident_bytes(),
+            _total_memory(),
         ),
         "device_memory_used": lambda *_: resident_bytes(),
         "memory_allocated": lambda *_: resident_bytes(),

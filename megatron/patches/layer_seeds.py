@@ -83,7 +83,7 @@ PATCH = Patch(
         "megatron.core.transformer.transformer_layer.get_transformer_layer_offset",
         "megatron.core.transformer.moe.experts.SequentialMLP.__init__",
     ),
-    why="--use-cpu-initialization makes weights independent of tensor parallelism, but not of pipeline and expert parallelism",
+    why="--use-cpu-initialization makes weights independent of tensor, but not of pipeline and expert parallelism",
     issue="none known",
     remove_when="upstream seeds layers and experts by their global numbers",
     apply=apply,

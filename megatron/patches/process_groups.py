@@ -28,7 +28,7 @@ def apply() -> None:
 PATCH = Patch(
     name="process_groups",
     upstream=("megatron.core.parallel_state.create_group",),
-    why="destroying and making the groups of a layout again leaks communicators, threads and descriptors on every switch",
+    why="making the groups of a layout again leaks communicators, threads and descriptors on every switch",
     issue="https://github.com/NVIDIA/Megatron-LM/issues/6897",
     remove_when="destroy_model_parallel() really destroys, or groups can be passed in everywhere",
     apply=apply,

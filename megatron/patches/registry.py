@@ -1,8 +1,8 @@
 """What a patch of upstream Megatron is, and the explicit call that applies one.
 
-A patch wraps what upstream has; it never copies it. Before anything is changed, every upstream object that a patch names
-is compared with the fingerprint recorded for the pinned version (``fingerprints.json``), so that a Megatron that has
-moved on stops the run with one line instead of training wrongly.
+A patch wraps what upstream has; it never copies it. Before anything is changed, every upstream object that a patch
+names is compared with the fingerprint recorded for the pinned version (``fingerprints.json``), so that a Megatron that
+has moved on stops the run with one line instead of training wrongly.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import multiprocessing
 import os
@@ -35,7 +36,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     results: Any = _CONTEXT.Queue()
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            _CONTEXT.Process(target=_rank_main, args=(rank, world_size, folder, results, function, args), daemon=True)
+            _CONTEXT.Process(target=_rank_main, args=(rank, world_size, folder, results, function, args))
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -69,7 +70,7 @@ def _rank_main(
 
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    sys.stdout = open(os.devnull, "w")  # upstream describes every model it builds; failures travel in the queue
+    sys.stdout = io.StringIO()  # upstream describes every model it builds; failures travel in the queue
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # upstream insists on it for tensor parallelism
     os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}

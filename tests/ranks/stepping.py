@@ -16,10 +16,10 @@ def one_step(job: Any, first_sample: int) -> Step:
     """Take a step of ``job`` on the global batch that starts at ``first_sample`` (samples of ``random_batches``)."""
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.rerun_state_machine import RerunDataIterator
     from megatron.training import training
 
     from copus_ext.run import gpt
-    from megatron.core.rerun_state_machine import RerunDataIterator
 
     config = job.config
     config.grad_scale_func = job.optimizer.scale_loss

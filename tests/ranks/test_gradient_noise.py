@@ -34,7 +34,7 @@ def per_sequence_gradients(flags: str) -> Any:
 
     plan = Plan(Layout(), 1, BATCH)
     args, _, groups = start_upstream(raw_arguments(flags), plan)
-    model = build_job(plan, args, groups).model[0].module
+    model: Any = build_job(plan, args, groups).model[0].module
     rows = []
     for batch in random_batches(BATCH, 1, args.seq_length, args.padded_vocab_size):
         losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
@@ -73,7 +73,8 @@ def expected_step(gradients: Any, layout: Layout, micro_batch: int) -> tuple[flo
     means = [gradients[[o == group for o in owner]].mean(axis=0) for group in sorted(set(owner))]
     sizes = [BATCH / len(means)] * len(means)
     whole = gradients.mean(axis=0)
-    return tuple(step_estimate([float(m @ m) for m in means], sizes, float(whole @ whole)))
+    estimate = step_estimate([float(m @ m) for m in means], sizes, float(whole @ whole))
+    return estimate.N, estimate.S
 
 
 @pytest.mark.parametrize(

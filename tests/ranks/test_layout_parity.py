@@ -27,7 +27,7 @@ EXPERTS = (
 )
 
 
-def curve(flags: str, layout: Layout) -> list[tuple[float | None, float | None]]:
+def curve(flags: str, layout: Layout) -> list[tuple[float | None, ...]]:
     """Loss and gradient norm of a few steps under ``layout``, as this rank sees them."""
     from copus_ext.adapters.job import build_job
     from tests.ranks.stepping import one_step

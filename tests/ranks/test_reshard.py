@@ -209,7 +209,7 @@ def _random_numbers(module: Any, layouts: Any, old: Any, new: Any) -> dict[str, 
 
     layouts.activate(old.plan.layout, old.args)
     state = module.RngState.capture()
-    drawn = {"first": draw(), "next": draw()}
+    drawn: dict[str, tuple[float, ...]] = {"first": draw(), "next": draw()}
     state.restore()
     drawn["restored"] = draw()
     state.restore_for(old, iteration=7)

@@ -21,7 +21,8 @@ _TRAINING = (
 _CPU = (
     "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-swiglu-fusion "
     "--no-bias-dropout-fusion --no-persist-layer-norm --no-rope-fusion --transformer-impl local "
-    "--distributed-backend gloo --use-cpu-initialization --attention-backend unfused --no-create-attention-mask-in-dataloader "
+    "--distributed-backend gloo --use-cpu-initialization --attention-backend unfused "
+    "--no-create-attention-mask-in-dataloader "
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,18 +28,18 @@ def test_any_cut_gives_the_same_checksum(dtype: torch.dtype) -> None:
     tensor = torch.randn(SHAPE).mul(50).to(dtype)
     for _ in range(20):
         cuts = [0, *sorted(rng.sample(range(1, tensor.numel()), 3)), tensor.numel()]
-        boxes = [box for a, b in zip(cuts, cuts[1:], strict=False) for box in flat_range_boxes(SHAPE, a, b)]
+        boxes = [box for a, b in pairwise(cuts) for box in flat_range_boxes(SHAPE, a, b)]
         assert checksum(tensor, [WHOLE.part(box) for box in boxes]) == checksum(tensor, [WHOLE])
 
 
-def test_the_extent_of_the_tensor_does_not_matter_for_its_parts() -> None:
-    """A rank that knows only some boxes must weigh them as the others do."""
+def test_shares_of_ranks_add_up() -> None:
     tensor = torch.randn(4, 4)
     low, high = (Holding("w", Box((row, 0), (2, 4)), 0, (row, 0), 4) for row in (0, 2))
     pieces = [Piece((4, 4), 0, (tensor.view(-1),))]
     covers = [[low], [high]]
-    on_each = [Checksums(("w",), covers, 1, torch.device("cpu")).of(parts, pieces) for parts in covers]
-    assert sum(on_each).tolist() == Checksums(("w",), covers, 1, torch.device("cpu")).of([low, high], pieces).tolist()
+    checksums = Checksums(("w",), covers, 1, torch.device("cpu"))
+    on_low, on_high = (checksums.of(parts, pieces) for parts in covers)
+    assert torch.equal(on_low + on_high, checksums.of([low, high], pieces))
 
 
 def test_every_single_bit_counts() -> None:
@@ -54,7 +55,9 @@ def test_rearranged_elements_are_noticed() -> None:
     tensor = torch.randn(8, 8)
     whole = Holding("w", Box((0, 0), (8, 8)), 0, (0, 0), 4)
     before = checksum(tensor, [whole])
-    quarters = torch.cat([torch.cat([tensor[4:, 4:], tensor[4:, :4]], 1), torch.cat([tensor[:4, 4:], tensor[:4, :4]], 1)])
+    quarters = torch.cat(
+        [torch.cat([tensor[4:, 4:], tensor[4:, :4]], 1), torch.cat([tensor[:4, 4:], tensor[:4, :4]], 1)]
+    )
     for changed in (tensor.T, tensor.flip(0), tensor.roll(1, 1), quarters, tensor * -1):
         assert checksum(changed.contiguous(), [whole]) != before
 

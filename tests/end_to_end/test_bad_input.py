@@ -1,0 +1,64 @@
+"""Bad input ends with status 2 and one line that names the flag, before anything is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.launch import BATCHES, MOCK, MODEL, TRAINING, Outcome, run_main
+from tests.ranks.harness import run_ranks
+
+RUN = MODEL + TRAINING + BATCHES
+CASES = {
+    "unknown policy": (MOCK + "--copus-policy best", (), "--copus-policy best"),
+    "schedule with an impossible plan": (
+        MOCK + "--copus-policy schedule",
+        ("--copus-schedule", "0:dp4 80:tp3"),
+        "--copus-schedule",
+    ),
+    "schedule that steps would not meet": (
+        MOCK + "--copus-policy schedule",
+        ("--copus-schedule", "0:dp4 81:pp4"),
+        "--copus-schedule",
+    ),
+    "schedule with a plan the model forbids": (
+        MOCK + "--copus-policy schedule",
+        ("--copus-schedule", "0:dp4 80:pp4,vpp2"),
+        "--copus-schedule",
+    ),
+    "batch not divisible": (MOCK + "--global-batch-size 6", (), "--global-batch-size"),
+    "no data at that prefix": (
+        "--tokenizer-type NullTokenizer --vocab-size 126 --data-path /no/such",
+        (),
+        "--data-path",
+    ),
+    "steps instead of samples": (MOCK + "--train-iters 20", (), "--train-iters"),
+    "space that is not understood": (MOCK + "--copus-space gbs=x", (), "--copus-space"),
+    "unknown rule for the learning rate": (MOCK + "--copus-lr-rule cube", (), "--copus-lr-rule"),
+}
+
+
+def refusals() -> list[list[Outcome]]:
+    """Every case on every rank; nothing of a case outlives it, since it is refused before anything is built."""
+    return [run_main([*(RUN + flags).split(), *words]) for flags, words, _ in CASES.values()]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, list[Outcome]]:
+    by_rank = run_ranks(4, refusals)
+    return {name: [ranks[i] for ranks in by_rank] for i, name in enumerate(CASES)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_told_in_one_line_by_one_rank(case: str, outcomes: dict[str, list[Outcome]]) -> None:
+    ranks, flag = outcomes[case], CASES[case][2]
+    assert [outcome.status for outcome in ranks] == [2] * 4
+    assert flag in ranks[0].err
+    assert ranks[0].err.count("\n") == 1, ranks[0].err
+    assert all(outcome.err == "" for outcome in ranks[1:])
+
+
+def test_a_missing_file_is_named_with_its_remedy(outcomes: dict[str, list[Outcome]]) -> None:
+    assert "/no/such.bin" in outcomes["no data at that prefix"][0].err
+    assert Path("tools/preprocess_data.py").name in outcomes["no data at that prefix"][0].err

@@ -1,0 +1,128 @@
+"""Whole runs of the entry point on four ranks: what a user would start, and what comes out."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from copus_ext.core.events import read_events
+from tests.end_to_end.launch import BATCHES, MOCK, MODEL, TRAINING, Outcome, events_of, launch, losses_of, run_main
+from tests.ranks.harness import run_ranks
+
+RUN = MODEL + TRAINING + MOCK + BATCHES
+CONTRACT = {
+    "run_start": {"world_size", "plan", "policy", "train_samples"},
+    "step": {"loss", "plan", "step_time_s", "tokens"},
+    "noise_scale": {"value", "low", "high", "N", "S", "n_eff"},
+    "decision": {"chosen", "current", "reason", "candidates"},
+    "switch": {"from", "to", "seconds", "bytes_moved", "exact"},
+    "eval": {"loss"},
+    "run_end": {"status"},
+}
+
+
+def finished(outcomes: list[Outcome]) -> None:
+    """Every rank ended well."""
+    assert [o.status for o in outcomes] == [0] * len(outcomes), outcomes[0].err
+
+
+def test_switching_layouts_changes_no_loss(tmp_path: Path) -> None:
+    """Four layouts in one run, against one layout, and against upstream's own pretrain() with COPUS off."""
+    schedule = "0:dp4 40:tp2,pp2 80:pp4 120:dp2,pp2,vpp2"
+    switching, still = tmp_path / "switching", tmp_path / "still"
+    finished(launch(RUN, f"--copus-dir={switching}", "--copus-policy=schedule", "--copus-schedule", schedule))
+    finished(launch(RUN, f"--copus-dir={still}", "--copus-policy=static"))
+    assert losses_of(switching) == pytest.approx(losses_of(still), rel=1e-5)
+    switches = events_of(switching, "switch")
+    assert [s["to"] for s in switches] == ["dp1,tp2,pp2,mbs1,gbs8", "dp1,pp4,mbs1,gbs8", "dp2,pp2,vpp2,mbs1,gbs8"]
+    assert all(s["exact"] and s["bytes_moved"] == s["bytes_minimum"] for s in switches)
+
+    plain = launch(RUN + "--no-copus")
+    finished(plain)
+    logged = [float(loss) for loss in re.findall(r"lm loss: ([0-9.E+-]+)", plain[-1].out)]
+    # The first step's sum is not reset by upstream, so its second line averages two steps.
+    assert [logged[0], *logged[2:]] == pytest.approx([losses_of(still)[0], *losses_of(still)[2:]], rel=1e-5)
+
+
+def test_changing_batches_and_layouts_equals_changing_batches_alone(tmp_path: Path) -> None:
+    batches = "0:dp4,gbs8 80:dp4,gbs16,mbs2 144:dp4,gbs8"
+    both = "0:dp4,gbs8 80:tp2,pp2,gbs16,mbs4 144:pp4,gbs8"
+    for name, schedule in (("batches", batches), ("both", both)):
+        directory = f"--copus-dir={tmp_path / name}"
+        finished(launch(RUN, directory, "--copus-policy=schedule", "--copus-schedule", schedule))
+    assert losses_of(tmp_path / "both") == pytest.approx(losses_of(tmp_path / "batches"), rel=1e-5)
+    steps = events_of(tmp_path / "both", "step")
+    assert [s["consumed_samples"] for s in steps] == [*range(8, 81, 8), *range(96, 145, 16), 152, 160]
+    rates = [s["learning_rate"] for s in steps]
+    cosine = [1e-4 + 9e-4 * (1 + math.cos(math.pi * s["consumed_samples"] / 160)) / 2 for s in steps]
+    factors = [2**0.5 if s["plan"].endswith("gbs16") else 1.0 for s in steps]
+    assert rates == pytest.approx([c * f for c, f in zip(cosine, factors, strict=True)]), "sqrt rule on a cosine"
+
+
+def test_copus_moves_a_run_and_tells_why(tmp_path: Path) -> None:
+    """On the wire format that outside checks read."""
+    flags = "--copus-interval 5 --copus-dwell-steps 5 --copus-noise-half-life-tokens 4096 --train-samples 320"
+    finished(launch(RUN + flags, f"--copus-dir={tmp_path}"))
+    events = read_events(tmp_path / "events.jsonl")
+    for event in events:
+        assert {"time_s", "iteration", "consumed_samples"} | CONTRACT[event["event"]] <= set(event)
+    assert events[-1]["status"] == "finished"
+    assert events[-1]["consumed_samples"] <= 320 < events[-1]["consumed_samples"] + 128
+    decisions = [e for e in events if e["event"] == "decision"]
+    assert decisions
+    scored = [c for d in decisions for c in d["candidates"] if c["feasible"]]
+    assert all({"plan", "throughput", "efficiency", "goodput", "feasible"} <= set(c) for c in scored)
+    moved = [d for d in decisions if d["chosen"] != d["current"]]
+    switches = [e for e in events if e["event"] == "switch"]
+    assert [(d["current"], d["chosen"]) for d in moved] == [(s["from"], s["to"]) for s in switches]
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    schedule = ("--copus-policy=schedule", "--copus-schedule", "0:dp4 40:tp2,pp2,gbs16,mbs2 120:pp4,gbs8")
+    whole, parts, saved = tmp_path / "whole", tmp_path / "parts", tmp_path / "checkpoints"
+    finished(launch(RUN, f"--copus-dir={whole}", *schedule))
+    keep = f"--save {saved} --load {saved} --save-interval 1000 --ckpt-format torch_dist "
+    finished(launch(RUN + keep + "--exit-interval 7", f"--copus-dir={parts}", *schedule))
+    assert len(losses_of(parts)) == 7
+    finished(launch(RUN + keep, f"--copus-dir={parts}", *schedule))
+    assert losses_of(parts) == pytest.approx(losses_of(whole), rel=1e-5)
+    resumed = events_of(parts, "run_start")[-1]
+    assert resumed["resumed_from"] == 7
+    assert resumed["plan"] == "dp1,tp2,pp2,mbs2,gbs16"
+    tracker = json.loads((saved / "iter_0000007" / "copus_state.json").read_text())
+    assert tracker["noise"]["steps"] == 7
+
+
+def test_a_switch_that_one_rank_cannot_prepare_is_given_up_by_all(tmp_path: Path) -> None:
+    schedule = ("--copus-policy=schedule", "--copus-schedule", "0:dp4 80:pp4")
+    still, faulty = tmp_path / "still", tmp_path / "faulty"
+    finished(launch(RUN, f"--copus-dir={still}", "--copus-policy=static"))
+    finished(run_ranks(4, run_with_failing_build, [*RUN.split(), f"--copus-dir={faulty}", *schedule]))
+    assert losses_of(faulty) == pytest.approx(losses_of(still), rel=1e-6)
+    faults = events_of(faulty, "fault")
+    assert len(faults) == 1
+    assert "no room" in faults[0]["message"] or "another rank" in faults[0]["message"]
+    assert {step["plan"] for step in events_of(faulty, "step")} == {"dp4,mbs1,gbs8"}
+
+
+def run_with_failing_build(words: list[str]) -> Outcome:
+    """Rank 2 runs out of memory whenever it builds a pipelined job."""
+    import os
+
+    from copus_ext.run import switch
+
+    build = switch.build_job
+
+    def build_or_fail(plan, *args, **kwargs):  # type: ignore[no-untyped-def]
+        if os.environ["RANK"] == "2" and plan.layout.pp > 1:
+            raise RuntimeError("no room for this model")
+        return build(plan, *args, **kwargs)
+
+    with mock.patch.object(switch, "build_job", build_or_fail):
+        return run_main(words)

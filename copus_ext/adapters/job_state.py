@@ -29,7 +29,7 @@ from copus_ext.adapters.job import Job
 from copus_ext.core.geometry import Box, flat_range_boxes, intersect, shift, strides
 from copus_ext.core.transfer import Holding
 
-_MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",), "sgd": ("momentum_buffer",)}
+_MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 _UNCOVERED = {
     "use_megatron_fsdp": "--use-megatron-fsdp",
     "use_torch_fsdp2": "--use-torch-fsdp2",
@@ -122,16 +122,12 @@ def job_state(job: Job, *, with_moments: bool) -> JobState:
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        boxes = _local_boxes(entry)
-        shard = shards.get(id(tensor))
-        shape = tuple(tensor.shape)
-        if shard is None or shard.main.dtype == tensor.dtype:
-            if not (tensor.requires_grad and tensor.dtype != torch.float32):
-                state.add("weight", Piece(shape, 0, (_flat(tensor),)), boxes)
-        else:
-            state.add("weight", Piece(shape, shard.first, (_flat(shard.main),)), boxes)
+        boxes, shard = _local_boxes(entry), shards.get(id(tensor))
+        weight = _weight(tensor, shard)
+        if weight is not None:
+            state.add("weight", weight, boxes)
         if shard is not None and names:
-            state.add("moments", Piece(shape, shard.first, _moments(shard, names)), boxes)
+            state.add("moments", Piece(tuple(tensor.shape), shard.first, _moments(shard, names)), boxes)
     _check_complete(job, seen)
     return state
 
@@ -200,6 +196,16 @@ def _shards_of(wrapper: Any) -> Iterator[tuple[torch.Tensor, _Shard]]:
         yield from ((p, _Shard(inner, p, 0)) for group in inner.param_groups for p in group["params"])
     else:
         raise UnsupportedReshard(f"the state of a {type(wrapper).__name__} cannot be moved between layouts yet")
+
+
+def _weight(tensor: torch.Tensor, shard: _Shard | None) -> Piece | None:
+    """Of a parameter or buffer, what has to be moved; None where the main parameter is on other ranks altogether."""
+    if shard is not None and shard.main.dtype != tensor.dtype:
+        return Piece(tuple(tensor.shape), shard.first, (_flat(shard.main),))
+    if shard is None and tensor.requires_grad and tensor.dtype != torch.float32:
+        return None
+    # In fp32 a distributed optimizer's main parameters are views of the whole ones, which every rank holds anyway.
+    return Piece(tuple(tensor.shape), 0, (_flat(tensor),))
 
 
 def _moments(shard: _Shard, names: tuple[str, ...]) -> tuple[torch.Tensor, ...]:

@@ -145,8 +145,10 @@ def _planned(old: Job, new: Job, with_moments: bool, cache: PlanCache) -> tuple[
     before, after, failure = JobState(), JobState(), None
     try:
         before, after = job_state(old, with_moments=with_moments), job_state(new, with_moments=with_moments)
-    except UnsupportedReshard as error:  # other ranks may not see it: they must not be left waiting
+    except UnsupportedReshard as error:
         failure = str(error)
+    except Exception as error:  # out of memory, say: the other ranks must hear of anything, or they wait forever
+        failure = f"{type(error).__name__}: {error}"
     mine = (before.holdings, after.holdings)
     key = (old.plan.layout, new.plan.layout, with_moments)
     known, plan = cache.plans.get(key, (None, None))

@@ -21,6 +21,7 @@ from copus_ext.adapters.reshard import PlanCache, RngState, carry_scheduler, res
 from copus_ext.core.plan import Plan
 from copus_ext.run.progress import carry_progress
 
+
 @dataclass
 class SwitchReport:
     """How a switch went. ``exact``: checksums before and after agree; ``seconds`` by phase add up to the whole."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job on one machine without an accelerator: a GPT on Python's own sources, four ranks over gloo.
 # COPUS starts from the batch and layout below and moves the running job where its numbers say.
-#   RANKS, SAMPLES, OUT: ranks (4), sequences to train on (6144), where outputs go (runs/demo).
+#   RANKS, SAMPLES, OUT: ranks (4), sequences to train on (4096), where outputs go (runs/demo).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
@@ -14,7 +14,7 @@ torchrun --nproc-per-node "${RANKS:-4}" pretrain_gpt_copus.py \
     --hidden-dropout 0 --attention-dropout 0 \
     --tokenizer-type ByteLevelTokenizer --data-cache-path "$OUT/cache" \
     --train-data-path runs/demo-data/train_text_document --valid-data-path runs/demo-data/valid_text_document \
-    --train-samples "${SAMPLES:-6144}" --micro-batch-size 1 --global-batch-size 4 \
+    --train-samples "${SAMPLES:-4096}" --micro-batch-size 1 --global-batch-size 8 \
     --lr 6e-4 --min-lr 6e-5 --lr-decay-style cosine --lr-warmup-samples 128 --weight-decay 0.1 --clip-grad 1.0 \
     --eval-interval 100 --eval-iters 4 --eval-global-batch-size 16 --log-interval 10 \
     --tensorboard-dir "$OUT/tensorboard" \

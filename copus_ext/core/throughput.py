@@ -35,7 +35,7 @@ _MEDIAN_VARIANCE = math.pi / 2  # of a median over that of a mean
 
 # How many doublings of each size until errors are unrelated: tp, pp, dp, vpp, micro-batch, number of micro-batches.
 # The last is long because step time is nearly linear in it at a fixed layout, and the closed form has that line.
-_LENGTH_SCALES = np.array([2.0, 2.0, 2.0, 2.0, 3.0, 6.0])
+_LENGTH_SCALES = np.array([2.0, 2.0, 2.0, 2.0, 3.0, 12.0])
 
 
 @dataclass(frozen=True)

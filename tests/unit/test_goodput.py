@@ -10,6 +10,7 @@ from copus_ext.core.goodput import (
     LOG_C_SD,
     critical_batch,
     critical_batch_quantiles,
+    expected_improvement,
     gain_quantiles,
     goodput,
     normal_quantiles,
@@ -115,3 +116,12 @@ def test_at_an_equal_batch_the_critical_batch_does_not_matter() -> None:
 def test_the_current_plan_gains_nothing_against_itself() -> None:
     median, low = gain_quantiles(np.zeros(1), np.zeros(1), np.array([16.0]), 16.0, np.geomspace(1.0, 100.0, 10))
     assert (median[0], low[0]) == (0.0, 0.0)
+
+
+def test_expected_improvement_agrees_with_draws() -> None:
+    draws = np.random.default_rng(0).standard_normal(400_000)
+    for mean, sd in ((0.0, 0.3), (-0.2, 0.2), (0.1, 0.05), (0.3, 1e-13)):
+        ratio = np.exp(mean + sd * draws)
+        gain, loss = expected_improvement(np.array([mean]), np.array([sd]))
+        assert gain[0] == pytest.approx(np.maximum(ratio - 1, 0).mean(), abs=2e-3)
+        assert loss[0] == pytest.approx(np.maximum(1 - ratio, 0).mean(), abs=2e-3)

@@ -250,3 +250,39 @@ def test_the_same_situation_gives_the_same_decision_and_plain_json() -> None:
     again = replace(state, throughput=ThroughputModel.from_json(json.loads(json.dumps(state.throughput.to_json()))))
     texts = {json.dumps(COPUS.decide(each).to_json(), allow_nan=False) for each in (state, state, again)}
     assert len(texts) == 1
+
+
+def in_doubt(seconds: Mapping[Plan, float], truth: Mapping[Plan, float]) -> list[Plan]:
+    """The plans of a run that starts knowing ``seconds`` and measures ``truth`` wherever it goes."""
+    state = situation(seconds, known(32.0), candidates=tuple(truth))
+    visited = []
+    for _ in range(12):
+        state = replace(state, current=COPUS.decide(state).chosen)
+        model = state.throughput
+        for _ in range(20):
+            model = model.observe(state.current, truth[state.current])
+        state = replace(state, throughput=model, consumed_samples=state.consumed_samples + 320)
+        visited.append(state.current)
+    return visited
+
+
+def test_a_layout_in_doubt_is_tried_once_and_left_if_it_is_slower() -> None:
+    layouts = [DATA, PIPE, Layout(dp=2, pp=2), Layout(dp=2, tp=2)]
+    truth = {Plan(layout, 1, 16): seconds for layout, seconds in zip(layouts, (0.5, 0.6, 0.55, 0.7), strict=True)}
+    visited = in_doubt({CURRENT: 0.5}, truth)
+    assert visited[-1] == CURRENT
+    assert all(visited.count(plan) <= 1 for plan in truth if plan != CURRENT)
+    assert len(set(visited)) > 1, "nothing was tried"
+
+
+def test_a_layout_in_doubt_is_kept_if_it_is_faster() -> None:
+    truth = {Plan(layout, 1, 16): seconds for layout, seconds in ((DATA, 0.5), (PIPE, 0.35), (Layout(dp=2, tp=2), 0.8))}
+    assert in_doubt({CURRENT: 0.5}, truth)[-1] == Plan(PIPE, 1, 16)
+
+
+def test_no_trial_where_there_is_no_time_for_it() -> None:
+    plans = tuple(Plan(layout, 1, 16) for layout in (DATA, PIPE))
+    late = situation({CURRENT: 0.5}, known(32.0), candidates=plans, train_samples=1600 + 16)
+    assert not COPUS.decide(late).is_switch
+    early = situation({CURRENT: 0.5}, known(32.0), candidates=plans)
+    assert COPUS.decide(early).reason.startswith("try ")

@@ -1,7 +1,8 @@
 """The policy of the COPUS paper (arXiv 2604.26687): batch and layout together, by Goodput.
 
 It differs from the paper in its switch rule: not a fixed threshold but the cost of the switch against the time left,
-with the gain at its lower quartile over all that is uncertain.
+with the gain at its lower quartile over all that is uncertain. And instead of a profile made beforehand, layouts whose
+speed is in doubt are tried out where what can be hoped of them outweighs going there and back.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from copus_ext.core.decision import CandidateScore, Decision, Situation
 from copus_ext.core.goodput import (
     critical_batch_quantiles,
+    expected_improvement,
     gain_quantiles,
     has_upper_bound,
     statistical_efficiency,
@@ -42,6 +44,7 @@ class _Outlook:
     gain_low: Array  # [n] lower quartile
     cost_s: Array  # [n] of switching there
     needed: Array  # [n] gain that repays the cost
+    trial_s: Array  # [n] seconds of training that trying a plan out is expected to win; -inf where it is known
     horizon_s: float
     critical_batch: float | None  # median; None if unknown
     batch_may_shrink: bool
@@ -68,17 +71,20 @@ class CopusPolicy:
 
     def decide(self, situation: Situation) -> Decision:
         """Weigh every candidate against the current plan."""
-        outlook = _look(situation)
+        outlook = _look(situation, self.dwell_steps)
         barred = tuple(self._why_barred(plan, outlook) for plan in outlook.plans)
         best = _best(outlook, np.array([not why for why in barred]))
         switch = best > 0 and outlook.gain_low[best] > outlook.needed[best]
-        waiting = situation.steps_since_switch < self.dwell_steps
-        if waiting:
+        chosen, reason = (best if switch else 0), _explain(outlook, best, bool(switch))
+        trial = int(np.argmax(outlook.trial_s))
+        if situation.steps_since_switch < self.dwell_steps:
+            chosen = 0
             reason = f"stay: {situation.steps_since_switch} of {self.dwell_steps} steps since the last switch are done"
-        else:
-            reason = _explain(outlook, best, bool(switch))
+        elif not switch and outlook.trial_s[trial] > 0:
+            chosen = best = trial
+            reason = _explain_trial(outlook, trial)
         return Decision(
-            chosen=outlook.plans[best] if switch and not waiting else situation.current,
+            chosen=outlook.plans[chosen],
             current=situation.current,
             reason=reason,
             candidates=_scores(situation, outlook, barred),
@@ -103,8 +109,8 @@ class CopusPolicy:
         return ""
 
 
-def _look(situation: Situation) -> _Outlook:
-    """Predict the current plan and every candidate that can run."""
+def _look(situation: Situation, trial_steps: int) -> _Outlook:
+    """Predict the current plan and every candidate that can run; a trial of one takes ``trial_steps`` steps."""
     current = situation.current
     others = [plan for plan in situation.candidates if plan != current and plan not in situation.rejected]
     plans = tuple(dict.fromkeys([current, *others]))
@@ -113,17 +119,21 @@ def _look(situation: Situation) -> _Outlook:
     throughput = batches / predictions.step_time_s
     critical = critical_batch_quantiles(situation.noise)
     log_ratio = np.log(throughput / throughput[0])
-    gain, gain_low = gain_quantiles(
-        log_ratio, predictions.log_ratio_sd(0), batches, float(current.global_batch), critical
-    )
+    log_sd = predictions.log_ratio_sd(0)
+    gain, gain_low = gain_quantiles(log_ratio, log_sd, batches, float(current.global_batch), critical)
     horizon_s = situation.samples_left / float(throughput[0])
-    cost_s = [situation.switch_cost.expected_s(current, plan) for plan in plans]
+    cost_s = np.array([situation.switch_cost.expected_s(current, plan) for plan in plans])
+    hope, fear = expected_improvement(log_ratio, log_sd)
+    trial_s = horizon_s * hope - 2.0 * cost_s - trial_steps * float(predictions.step_time_s[0]) * fear
+    # A trial measures speed alone, so plans are tried at the present batch, where speed is all there is to gain.
+    untried = (predictions.observed_steps == 0) & (batches == current.global_batch)
     return _Outlook(
         plans=plans,
         throughput=throughput,
         gain=gain,
         gain_low=gain_low,
-        cost_s=np.array(cost_s),
+        cost_s=cost_s,
+        trial_s=np.where(untried, trial_s, -np.inf),
         needed=np.array([gain_needed(cost, horizon_s) for cost in cost_s]),
         horizon_s=horizon_s,
         critical_batch=None if critical is None else float(np.median(critical)),
@@ -165,6 +175,15 @@ def _explain(outlook: _Outlook, best: int, switch: bool) -> str:
                 f"to repay a {cost} switch in the {left} left"
             )
     return reason + _caveat(outlook)
+
+
+def _explain_trial(outlook: _Outlook, trial: int) -> str:
+    """Why a plan is tried out, in one sentence."""
+    return (
+        f"try {outlook.plans[trial]}: gain {_percent(float(outlook.gain[trial]))} (lower quartile "
+        f"{_percent(float(outlook.gain_low[trial]))}) is in doubt, and finding out is expected to win "
+        f"{_duration(float(outlook.trial_s[trial]))} of the {_duration(outlook.horizon_s)} left"
+    ) + _caveat(outlook)
 
 
 def _caveat(outlook: _Outlook) -> str:

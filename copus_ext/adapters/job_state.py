@@ -222,7 +222,11 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _check_complete(job: Job, seen: set[int]) -> None:
-    for chunk in job.model:
-        for name, parameter in chunk.named_parameters():
-            if id(parameter) not in seen:
-                raise UnsupportedReshard(f"Megatron's sharded state does not name parameter {name}")
+    """Every parameter was seen, and nothing but parameters and buffers: a copy could not be written to."""
+    parameters = {id(p): name for chunk in job.model for name, p in chunk.named_parameters()}
+    buffers = {id(b) for chunk in job.model for b in chunk.buffers()}
+    missing = parameters.keys() - seen
+    if missing:
+        raise UnsupportedReshard(f"Megatron's sharded state does not name parameter {parameters[missing.pop()]}")
+    if seen - parameters.keys() - buffers:
+        raise UnsupportedReshard("Megatron's sharded state holds copies of tensors, which cannot be written to")

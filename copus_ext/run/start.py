@@ -96,12 +96,16 @@ def _set_cpu_flags(raw: argparse.Namespace) -> None:
 
 
 def _check_data(raw: argparse.Namespace) -> None:
-    """Every data prefix that a flag names must have its two files.
+    """There must be data, and every prefix that a flag names must have its two files.
 
     Raises:
-        UserError: one has not.
+        UserError: there is none, or a file is missing.
     """
-    for flag in ("data_path", "train_data_path", "valid_data_path", "test_data_path"):
+    flags = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+    lists = ("data_args_path", "per_split_data_args_path")  # files that hold the prefixes: upstream reads them
+    if not raw.mock_data and not any(getattr(raw, name) for name in (*flags, *lists)):
+        raise UserError("--data-path is missing; give the prefix of .bin and .idx files of tools/preprocess_data.py")
+    for flag in flags:
         for word in getattr(raw, flag) or []:
             is_weight = word.replace(".", "", 1).isdigit()
             missing = [
@@ -115,7 +119,9 @@ def _check_data(raw: argparse.Namespace) -> None:
 def _run(raw: argparse.Namespace) -> int:
     from copus_ext.adapters.arguments import plan_of
     from copus_ext.run.config import check_flags, config_from_args
+    from copus_ext.run.supported import check_supported
 
+    check_supported(raw)
     if raw.no_copus:
         return _run_plain(raw)
     check_flags(raw)

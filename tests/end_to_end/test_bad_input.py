@@ -33,8 +33,12 @@ CASES = {
         (),
         "--data-path",
     ),
+    "no data at all": ("--tokenizer-type NullTokenizer --vocab-size 126", (), "--data-path"),
     "steps instead of samples": (MOCK + "--train-iters 20", (), "--train-iters"),
     "space that is not understood": (MOCK + "--copus-space gbs=x", (), "--copus-space"),
+    "a job of another kind": (MOCK + "--sft", (), "--sft"),
+    "a flag that ties a job to its layout": (MOCK + "--use-megatron-fsdp", (), "--use-megatron-fsdp"),
+    "samples dealt by layout": (MOCK + "--dataloader-type cyclic", (), "--dataloader-type"),
     "unknown rule for the learning rate": (MOCK + "--copus-lr-rule cube", (), "--copus-lr-rule"),
 }
 

@@ -224,7 +224,7 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 def _check_complete(job: Job, seen: set[int]) -> None:
     """Every parameter was seen, and nothing but parameters and buffers: a copy could not be written to."""
     parameters = {id(p): name for chunk in job.model for name, p in chunk.named_parameters()}
-    buffers = {id(b) for chunk in job.model for b in chunk.buffers()}
+    buffers = {id(b) for chunk in job.model for b in unwrap_model(chunk).buffers()}
     missing = parameters.keys() - seen
     if missing:
         raise UnsupportedReshard(f"Megatron's sharded state does not name parameter {parameters[missing.pop()]}")

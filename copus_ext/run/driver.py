@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -169,8 +170,8 @@ class Driver:
         while steps_until(self.job.args, self.job.args.train_samples):
             wanted = self._segment(iterators, continues_a_run=not first)
             first = False
-            if wanted is not None and self._switch(wanted):
-                iterators = self._fresh_iterators(iterators)
+            if wanted is not None:
+                iterators = self._switch(wanted) or iterators
         self._finish(iterators)
 
     def _segment(self, iterators: tuple[Any, Any, Any], continues_a_run: bool) -> Plan | None:
@@ -200,8 +201,8 @@ class Driver:
             )
         return controller.wanted
 
-    def _switch(self, plan: Plan) -> bool:
-        """Move to ``plan``; False where the job stays on the old one after a fault."""
+    def _switch(self, plan: Plan) -> tuple[Any, Any, Any] | None:
+        """Move to ``plan``; the iterators to read on with, or ``None`` where the job stays as it is after a fault."""
         old = self.job.plan
         try:
             with quiet():
@@ -210,15 +211,14 @@ class Driver:
             self.knowledge.rejected[plan] = str(fault)
             self.telemetry.event("fault", kind="switch", message=str(fault), plan=str(plan))
             self.telemetry.say(f"{fault}; training goes on with {old}")
-            return False
+            return None
+        start = time.perf_counter()
+        with quiet():
+            iterators = self.data.iterators(len(self.job.model))
+        report.seconds["data"] = time.perf_counter() - start
         self.knowledge.switch_cost = self.knowledge.switch_cost.observe(old, plan, report.total_s)
         self.telemetry.switch(report)
-        return True
-
-    def _fresh_iterators(self, old: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-        del old  # and with it any loader processes
-        with quiet():
-            return self.data.iterators(len(self.job.model))
+        return iterators
 
     def _finish(self, iterators: tuple[Any, Any, Any]) -> None:
         """What upstream's ``pretrain()`` does behind its training loop."""

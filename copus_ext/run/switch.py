@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +18,9 @@ from megatron.training.global_vars import set_args
 from copus_ext.adapters.arguments import arguments_for, first_line
 from copus_ext.adapters.job import Job, build_job
 from copus_ext.adapters.layouts import LayoutGroups
-from copus_ext.adapters.reshard import PlanCache, RngState, carry_scheduler, reshard
+from copus_ext.adapters.reshard import PlanCache, RngState, UnsupportedReshard, carry_scheduler, reshard
 from copus_ext.core.plan import Plan
+from copus_ext.core.transfer import TransferError
 from copus_ext.run.progress import carry_progress
 
 
@@ -40,7 +42,7 @@ class SwitchReport:
 
 
 class SwitchFailed(RuntimeError):
-    """A rank could not prepare the new plan. All ranks are back on the old one, with nothing lost."""
+    """The switch was given up. All ranks are back on the old plan, with nothing lost."""
 
 
 class _Phases:
@@ -48,12 +50,16 @@ class _Phases:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.restart()
+
+    def restart(self) -> None:
+        """Count the time since the last phase to none."""
         self._start = time.perf_counter()
 
     def end(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = now - self._start
-        self._start = now
+        """Count the time since the last phase to ``name``."""
+        self.seconds[name] = time.perf_counter() - self._start
+        self.restart()
 
 
 def switch(
@@ -78,7 +84,7 @@ def switch(
         The job to go on with, and how it went.
 
     Raises:
-        SwitchFailed: a rank could not prepare; ``job`` is as it was.
+        SwitchFailed: a rank could not prepare, or the state did not arrive as it left; ``job`` is as it was.
     """
     phases = _Phases()
     report = SwitchReport(job.plan, plan, phases.seconds)
@@ -89,24 +95,35 @@ def switch(
         phases.end("prepare")
         return job, report
     rng = RngState.capture()
-    try:
+    with _return_if_it_fails(job, layouts, rng):
         new = _agreed(lambda vote: _prepare(plan, args, layouts, vote), f"the job of {plan}")
-    except SwitchFailed:
-        _return_to(job, layouts)
-        rng.restore()
-        raise
-    phases.end("prepare")
-    moved = reshard(job, new, plans=transfers)
-    phases.seconds |= moved.seconds
+        phases.end("prepare")
+        moved = reshard(job, new, plans=transfers)
+        if not moved.exact:
+            raise SwitchFailed(f"moving to {plan} changed {', '.join(moved.differing[:3])}")
+    phases.seconds.update(moved.seconds)
+    phases.restart()
     report.bytes_moved, report.bytes_minimum, report.exact = moved.bytes_moved, moved.bytes_minimum, moved.exact
-    phases.end("_move")
-    phases.seconds.pop("_move")
     carry_scheduler(job, new)
     rng.restore_for(new, args.iteration)
     job.release()
     gc.collect()
     phases.end("release")
     return new, report
+
+
+@contextlib.contextmanager
+def _return_if_it_fails(job: Job, layouts: LayoutGroups, rng: RngState) -> Iterator[None]:
+    """Put the old job back in charge when the block fails, which it does on all ranks alike."""
+    try:
+        yield
+    except (SwitchFailed, UnsupportedReshard, TransferError) as error:
+        layouts.activate(job.plan.layout, job.args)
+        set_args(job.args)
+        set_micro_batches(job.args)
+        rng.restore()
+        gc.collect()
+        raise SwitchFailed(str(error)) from error
 
 
 def _prepare(plan: Plan, args: argparse.Namespace, layouts: LayoutGroups, vote: Callable[[], None]) -> Job:
@@ -135,14 +152,6 @@ def _change_batch(job: Job, plan: Plan, args: argparse.Namespace) -> None:
     job.plan, job.args = plan, args
     set_args(args)
     set_micro_batches(args)
-
-
-def _return_to(job: Job, layouts: LayoutGroups) -> None:
-    """Make the old job the current one again."""
-    layouts.activate(job.plan.layout, job.args)
-    set_args(job.args)
-    set_micro_batches(job.args)
-    gc.collect()
 
 
 def set_micro_batches(args: argparse.Namespace) -> None:

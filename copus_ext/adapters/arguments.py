@@ -9,6 +9,8 @@ import io
 import math
 from typing import Any
 
+from megatron.core.transformer.enums import AttnBackend
+
 from copus_ext.core.errors import UserError
 from copus_ext.core.model_shape import ModelShape
 from copus_ext.core.plan import Layout, Plan
@@ -53,7 +55,8 @@ def plan_of(raw: argparse.Namespace) -> Plan:
     _check_batch(raw)
     args = copy.deepcopy(raw)
     try:
-        validate_args(args)
+        with contextlib.redirect_stdout(io.StringIO()):
+            validate_args(args)
         return _plan_of_validated(args, bool(raw.sequence_parallel))
     except (AssertionError, ValueError, RuntimeError) as error:
         raise UserError(f"the flags do not go together: {first_line(error)}") from error
@@ -93,12 +96,13 @@ def _plan_of_validated(args: argparse.Namespace, sequence_parallel: bool) -> Pla
     return Plan(layout, args.micro_batch_size, args.global_batch_size)
 
 
-def arguments_for(raw: argparse.Namespace, plan: Plan, **more: Any) -> argparse.Namespace:
+def arguments_for(raw: argparse.Namespace, plan: Plan, *, announce: bool = False, **more: Any) -> argparse.Namespace:
     """Upstream's complete, validated arguments for ``plan``.
 
     Args:
         raw: as ``parse_args`` gave them, before validation; not changed.
         plan: what to put into force.
+        announce: let upstream print the list of all arguments, as it does when a run starts.
         more: further attributes to set before validation.
 
     Raises:
@@ -113,7 +117,7 @@ def arguments_for(raw: argparse.Namespace, plan: Plan, **more: Any) -> argparse.
     if args.eval_global_batch_size:
         per_rank = max(1, args.eval_global_batch_size // plan.layout.dp)
         args.eval_micro_batch_size = math.gcd(per_rank, args.eval_micro_batch_size or plan.micro_batch)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.nullcontext() if announce else contextlib.redirect_stdout(io.StringIO()):
         validate_args(args)
     return args
 
@@ -133,5 +137,6 @@ def model_shape(args: argparse.Namespace) -> ModelShape:
         experts=args.num_experts or 0,
         experts_per_token=args.moe_router_topk if args.num_experts else 1,
         moe_ffn=(args.moe_ffn_hidden_size or args.ffn_hidden_size) if args.num_experts else 0,
+        flash_attention=args.transformer_impl == "transformer_engine" and args.attention_backend != AttnBackend.unfused,
         param_bytes=2 if args.bf16 or args.fp16 else 4,
     )

@@ -72,8 +72,10 @@ def _expert_objections(layout: Layout, model: ModelShape) -> Iterator[str]:
         yield "a mixture of experts with tensor parallel needs sequence parallel"
 
 
-def candidate_plans(base: Plan, model: ModelShape, global_batches: Sequence[int], max_micro_batch: int) -> list[Plan]:
-    """Every feasible plan on the ranks of ``base``: all tp x pp, micro-batches 1, 2, 4, ... and global batches.
+def candidate_plans(
+    base: Plan, model: ModelShape, global_batches: Sequence[int], micro_batches: Sequence[int]
+) -> list[Plan]:
+    """Every feasible plan on the ranks of ``base``: all tp x pp, with the given micro-batches and global batches.
 
     Everything else is as in ``base``, but for vpp, which is 1 where the base's does not fit. In rising order of
     (tp, pp, global batch, micro-batch), each plan once.
@@ -82,7 +84,7 @@ def candidate_plans(base: Plan, model: ModelShape, global_batches: Sequence[int]
         plan
         for layout in _layouts(base.layout)
         for global_batch in sorted(set(global_batches))
-        for micro_batch in _powers_of_two(max_micro_batch)
+        for micro_batch in sorted(set(micro_batches))
         if (plan := _fitting_plan(layout, micro_batch, global_batch, model)) is not None
     ]
     return list(dict.fromkeys(found))
@@ -106,7 +108,3 @@ def _fitting_plan(layout: Layout, micro_batch: int, global_batch: int, model: Mo
 
 def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
-
-
-def _powers_of_two(largest: int) -> list[int]:
-    return [1 << exponent for exponent in range(largest.bit_length())]

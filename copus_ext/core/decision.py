@@ -65,11 +65,11 @@ class Decision:
     current: Plan
     reason: str
     candidates: tuple[CandidateScore, ...] = ()
-    gain: float = 0.0
-    gain_low: float = 0.0  # lower quartile
-    gain_needed: float = 0.0  # infinite if nothing could repay the switch in time
-    switch_cost_s: float = 0.0
-    horizon_s: float = 0.0
+    gain: float = math.nan  # these are not numbers where the policy weighs no gains
+    gain_low: float = math.nan  # lower quartile
+    gain_needed: float = math.nan  # infinite if nothing could repay the switch in time
+    switch_cost_s: float = math.nan
+    horizon_s: float = math.nan
 
     @property
     def is_switch(self) -> bool:
@@ -77,15 +77,13 @@ class Decision:
         return self.chosen != self.current
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for the event log; an infinite gain needed becomes None."""
+        """Plain values for the event log; None for what is infinite or was not weighed."""
+        names = ("gain", "gain_low", "gain_needed", "switch_cost_s", "horizon_s")
+        numbers = {name: getattr(self, name) for name in names}
         return {
             "chosen": self.chosen.to_json(),
             "current": self.current.to_json(),
             "reason": self.reason,
             "candidates": [candidate.to_json() for candidate in self.candidates],
-            "gain": self.gain,
-            "gain_low": self.gain_low,
-            "gain_needed": self.gain_needed if math.isfinite(self.gain_needed) else None,
-            "switch_cost_s": self.switch_cost_s,
-            "horizon_s": self.horizon_s,
+            **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
         }

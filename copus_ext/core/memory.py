@@ -46,7 +46,8 @@ def _layer_activation_bytes(plan: Plan, model: ModelShape) -> float:
     unit = tokens * model.hidden * model.param_bytes / 2
     if layout.recompute == "full":
         return 2 * unit / (layout.tp if layout.sequence_parallel else 1)
-    scores = 5 * model.heads * model.seq / model.hidden if layout.recompute == "none" else 0.0
+    holds_scores = layout.recompute == "none" and not model.flash_attention
+    scores = 5 * model.heads * model.seq / model.hidden if holds_scores else 0.0
     outside = 10 / (
         layout.tp if layout.sequence_parallel else 1
     )  # norms and dropout, which only sequence parallel splits

@@ -22,6 +22,7 @@ class ModelShape:
     experts_per_token: int = 1
     moe_ffn: int = 0
     param_bytes: int = 4  # bytes of a parameter and of an activation element: 2 for bf16 and fp16
+    flash_attention: bool = False  # the scores of attention are never held in memory
 
     @property
     def attention_params(self) -> int:

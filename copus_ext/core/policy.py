@@ -19,6 +19,10 @@ POLICIES = ("copus", "static", "schedule")
 class Policy(Protocol):
     """Chooses plans. A pure function of what it is shown: the same situation gives the same decision."""
 
+    @property
+    def searches(self) -> bool:
+        """Whether it chooses among the candidates of ``--copus-space``; else it needs none."""
+
     def next_change(self, consumed_samples: int) -> int | None:
         """Samples at which a change is already known to come, so that a step must end there; None if there is none."""
 

@@ -39,12 +39,12 @@ class Space:
 
     def plans(self, base: Plan, model: ModelShape) -> list[Plan]:
         """Every plan of this space that the model allows, in a fixed order."""
-        largest = max(self.mbs) if self.mbs else base.micro_batch
-        found = candidate_plans(base, model, self.global_batches(base), largest)
+        halves = [base.micro_batch >> k for k in range(base.micro_batch.bit_length())]
+        found = candidate_plans(base, model, self.global_batches(base), self.mbs or halves)
         return [plan for plan in found if self._allows(plan)]
 
     def _allows(self, plan: Plan) -> bool:
-        wanted = ((self.tp, plan.layout.tp), (self.pp, plan.layout.pp), (self.mbs, plan.micro_batch))
+        wanted = ((self.tp, plan.layout.tp), (self.pp, plan.layout.pp))
         return all(allowed is None or value in allowed for allowed, value in wanted)
 
 

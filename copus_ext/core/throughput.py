@@ -24,7 +24,7 @@ Array = NDArray[np.float64]
 
 # Standard deviations of a log step time. Chosen by hand, not yet fitted to measurements.
 COMMON_SD = 1.0  # wide: the figures of the hardware may be off by a factor of three
-PLAN_SD = 0.4  # what a plan may be off by beyond that
+PLAN_SD = 0.25  # what a plan may be off by beyond that
 STEP_SD = 0.1  # of single steps, until there are enough to tell
 FLOOR_SD = 0.005  # a median is never better than this: machines drift
 

@@ -10,7 +10,7 @@ from copus_ext.core.errors import UserError
 from copus_ext.core.learning_rate import LR_RULES, learning_rate_factor
 from copus_ext.core.plan import Plan
 from copus_ext.core.policy import POLICIES, Policy, make_policy
-from copus_ext.core.schedule import parse_schedule
+from copus_ext.core.schedule import Schedule, parse_schedule
 from copus_ext.core.space import Space, parse_space
 
 _HALF_LIFE_STEPS = 40  # of the first plan
@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--copus-noise-half-life-tokens",
         type=float,
         metavar="TOKENS",
-        help="the noise scale forgets half of a step after so many tokens (default: 1/20 of the run's)",
+        help="the noise scale forgets half of a step after so many tokens (default: 1/20 of the run's, and at least "
+        f"{_HALF_LIFE_STEPS} steps of the first plan)",
     )
     return parser
 
@@ -62,7 +63,7 @@ class CopusConfig:
     policy_name: str
     policy: Policy
     base: Plan  # of upstream's own flags: the learning rate is meant for its global batch
-    scheduled: tuple[Plan, ...]  # plans that the schedule names, in order; the base alone without one
+    schedule: Schedule | None
     space: Space
     directory: Path
     interval: int
@@ -72,12 +73,16 @@ class CopusConfig:
     @property
     def first_plan(self) -> Plan:
         """What the run starts with."""
-        return self.scheduled[0]
+        return self.schedule.plan_at(0) if self.schedule else self.base
 
     @property
-    def searches(self) -> bool:
-        """Whether the policy chooses from the space of plans rather than following the flags."""
-        return self.policy_name == "copus"
+    def named_plans(self) -> tuple[Plan, ...]:
+        """The plans that the flags name."""
+        return tuple(plan for _, plan in self.schedule.entries) if self.schedule else (self.base,)
+
+    def scheduled_at(self, consumed_samples: int) -> Plan | None:
+        """What a schedule has for the step that starts there; ``None`` without a schedule."""
+        return self.schedule.plan_at(consumed_samples) if self.schedule else None
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -115,7 +120,7 @@ def config_from_args(args: argparse.Namespace, base: Plan) -> CopusConfig:
         policy_name=args.copus_policy,
         policy=policy,
         base=base,
-        scheduled=tuple(plan for _, plan in schedule.entries) if schedule else (base,),
+        schedule=schedule,
         space=parse_space(args.copus_space),
         directory=Path(args.copus_dir),
         interval=args.copus_interval,

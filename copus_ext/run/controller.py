@@ -93,8 +93,8 @@ class Controller(Observer):
         samples = self._args.consumed_train_samples
         if steps_until(self._args, self._args.train_samples) == 0:
             return False
-        change = self._config.policy.next_change(samples - 1)
-        return change == samples or iteration % self._config.interval == 0
+        change = self._config.policy.next_change(samples - self._args.global_batch_size)
+        return (change is not None and change <= samples) or iteration % self._config.interval == 0
 
     def _decide(self, iteration: int) -> None:
         chosen: list[Plan | None] = [None]
@@ -111,13 +111,18 @@ class Controller(Observer):
 
     def _decision(self, situation: Situation) -> Decision:
         """Ask the policy, until what it wants is not refused by upstream's validation."""
-        while True:
-            decision = self._config.policy.decide(situation)
-            refusal = self._refusal_of(decision.chosen) if decision.is_switch else None
+        decision = self._config.policy.decide(situation)
+        while decision.is_switch and decision.chosen not in situation.rejected:
+            refusal = self._refusal_of(decision.chosen)
             if refusal is None:
                 return decision
             self._knowledge.rejected[decision.chosen] = refusal
             situation = replace(situation, rejected=dict(self._knowledge.rejected))
+            decision = self._config.policy.decide(situation)
+        if not decision.is_switch:
+            return decision
+        reason = f"stay: {decision.chosen} was refused before: {situation.rejected[decision.chosen]}"
+        return replace(decision, chosen=decision.current, reason=reason)
 
     def _situation(self) -> Situation:
         known = self._knowledge

@@ -34,8 +34,9 @@ from copus_ext.run import gpt
 from copus_ext.run.config import CopusConfig
 from copus_ext.run.controller import Controller
 from copus_ext.run.data import Data
+from copus_ext.run.hardware import describe_hardware
 from copus_ext.run.knowledge import Knowledge, SavedState, load_state
-from copus_ext.run.progress import steps_until
+from copus_ext.run.progress import steps_beyond, steps_until
 from copus_ext.run.switch import SwitchFailed, switch
 from copus_ext.run.telemetry import Telemetry, quiet
 from megatron.patches.training_hooks import observing
@@ -44,22 +45,22 @@ from megatron.patches.training_hooks import observing
 class Driver:
     """One run on this rank. Every method is collective over all ranks."""
 
-    def __init__(self, raw: argparse.Namespace, config: CopusConfig, hardware: Hardware) -> None:
+    def __init__(self, raw: argparse.Namespace, config: CopusConfig) -> None:
         """Bring upstream up for the first plan, or for the plan of the checkpoint that ``--load`` names.
 
         Args:
             raw: upstream's arguments before validation.
             config: the checked ``--copus-*`` flags.
-            hardware: what the machine is taken to be until steps have been measured.
         """
         self.raw, self.config = raw, config
         saved = load_state(raw.load)
         plan = saved.plan if saved else config.first_plan
+        _check_ranks(plan, raw)
         self.layouts = LayoutGroups()  # before upstream makes any group
         self.transfers = PlanCache()
         raw.padded_vocab_size = self._padded_vocabulary()
         self._check_schedule()
-        args = arguments_for(raw, plan, **self._overrides(plan))
+        args = arguments_for(raw, plan, announce=True, **self._overrides(plan))
         set_global_variables(args)
         training.initialize_megatron()
         training.set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
@@ -68,11 +69,13 @@ class Driver:
         gc.freeze()
         self.job = build_job(plan, args, self.layouts.adopt(plan.layout))
         args.curr_iteration = args.iteration  # upstream sets it in its loop only
-        self.knowledge = self._first_knowledge(args, hardware, saved)
+        self.knowledge = self._first_knowledge(args, describe_hardware(raw), saved)
         smallest = min(p.global_batch for p in (*self.knowledge.candidates, plan))
         self.data = Data(math.ceil(config.base.global_batch / smallest))
         leads = args.rank == args.world_size - 1
         self.telemetry = Telemetry(config.directory, leads, args.iteration if args.iteration else None)
+        if tight := too_large(plan, model_shape(args), self.knowledge.throughput.hardware.memory_bytes):
+            self.telemetry.say(f"the first plan, {plan}, {tight}: it may run out of memory")
 
     # -- set-up
 
@@ -87,14 +90,14 @@ class Driver:
 
     def _check_schedule(self) -> None:
         """Every plan that is scheduled must be one that the model and upstream allow, now and not when it is due."""
-        for plan in self.config.scheduled:
+        for plan in self.config.named_plans:
             if refusal := self._refusal_of(plan):
                 flag = "--copus-schedule" if self.config.policy_name == "schedule" else "the flags"
                 raise UserError(f"{flag}: plan {plan} cannot be: {refusal}")
 
     def _tensor_parallel_sizes(self) -> list[int]:
-        if not self.config.searches:
-            return [plan.layout.tp for plan in self.config.scheduled]
+        if not self.config.policy.searches:
+            return [plan.layout.tp for plan in self.config.named_plans]
         heads, ranks = self.raw.num_attention_heads, self.config.base.layout.world_size
         return [tp for tp in self.config.space.tp or range(1, heads + 1) if heads % tp == 0 and ranks % tp == 0]
 
@@ -111,7 +114,7 @@ class Driver:
 
     def _first_knowledge(self, args: argparse.Namespace, hardware: Hardware, saved: SavedState | None) -> Knowledge:
         model = model_shape(args)
-        plans = self.config.space.plans(self.config.base, model) if self.config.searches else []
+        plans = self.config.space.plans(self.config.base, model) if self.config.policy.searches else []
         base = self.config.base
         rejected = {
             plan: why
@@ -166,22 +169,30 @@ class Driver:
 
     def _train(self) -> None:
         iterators = self.data.iterators(len(self.job.model))
+        due = self.config.scheduled_at(self.job.args.consumed_train_samples)
+        if due not in (None, self.job.plan):  # a checkpoint was made just before a scheduled change
+            iterators = self._switch(due) or iterators
         first = True
         while steps_until(self.job.args, self.job.args.train_samples):
             wanted = self._segment(iterators, continues_a_run=not first)
             first = False
             if wanted is not None:
                 iterators = self._switch(wanted) or iterators
-        self._finish(iterators)
+        with observing(self._controller(continues_a_run=True)):
+            self._finish(iterators)
+        if self.job.args.do_test:  # by itself: it is no validation loss, and the log has one kind of evaluation
+            self._evaluate("test", iterators[2])
+        training.maybe_finalize_async_save(blocking=True, terminate=True)
 
     def _segment(self, iterators: tuple[Any, Any, Any], continues_a_run: bool) -> Plan | None:
         """Train under the present plan until it should change, or to the end; the plan to change to."""
         job, args = self.job, self.job.args
         change = self.config.policy.next_change(args.consumed_train_samples)
-        end = min(change or args.train_samples, args.train_samples)
-        args.train_iters = args.iteration + steps_until(args, end)
+        steps = steps_until(args, args.train_samples)
+        # A schedule's changes fall on whole steps, unless an earlier one was given up and other batches are in force.
+        args.train_iters = args.iteration + (steps if change is None else min(steps, steps_beyond(args, change)))
         job.config.finalize_model_grads_func = job.config.no_sync_func = None  # train() sets them anew
-        controller = Controller(job, self.config, self.knowledge, self.telemetry, self._refusal_of, continues_a_run)
+        controller = self._controller(continues_a_run)
         if continues_a_run:  # train() starts this timer and leaves it running
             timer = get_timers()("interval-time")
             timer.stop()
@@ -226,19 +237,30 @@ class Driver:
         if args.save and args.iteration and args.iteration % (args.save_interval or args.iteration + 1):
             flops = args.num_floating_point_operations_so_far
             training.save_checkpoint_and_time(args.iteration, job.model, job.optimizer, job.scheduler, flops, {})
-        for wanted, name, iterator in (
-            (args.do_valid, "validation", iterators[1]),
-            (args.do_test, "test", iterators[2]),
-        ):
-            if wanted:
-                prefix = f"iteration {args.iteration} on {name} set"
-                training.evaluate_and_print_results(
-                    prefix, gpt.forward_step, iterator, job.model, args.iteration, None, job.config, verbose=False
-                )
-        training.maybe_finalize_async_save(blocking=True, terminate=True)
+        if args.do_valid:
+            self._evaluate("validation", iterators[1])
+
+    def _evaluate(self, name: str, iterator: Any) -> None:
+        job, iteration = self.job, self.job.args.iteration
+        prefix = f"iteration {iteration} on {name} set"
+        training.evaluate_and_print_results(
+            prefix, gpt.forward_step, iterator, job.model, iteration, None, job.config, verbose=False
+        )
+
+    def _controller(self, continues_a_run: bool) -> Controller:
+        return Controller(self.job, self.config, self.knowledge, self.telemetry, self._refusal_of, continues_a_run)
 
     def _report(self) -> None:
         self.telemetry.close()
         if self.telemetry.leads:
             print(format_summary(summarise(read_events(self.telemetry.path), self.telemetry.path)), flush=True)
             write_report(self.config.directory)
+
+
+def _check_ranks(plan: Plan, raw: argparse.Namespace) -> None:
+    """A run goes on with as many ranks as it was saved with."""
+    if plan.layout.world_size != raw.world_size:
+        raise UserError(
+            f"--load {raw.load}: the run was saved under {plan}, on {plan.layout.world_size} ranks, and there are "
+            f"{raw.world_size}; start as many, or use --no-copus to load it in the layout of the flags"
+        )

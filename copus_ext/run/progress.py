@@ -30,3 +30,8 @@ def carry_progress(old: argparse.Namespace, new: argparse.Namespace) -> None:
 def steps_until(args: argparse.Namespace, samples: int) -> int:
     """Whole steps of the current batch from where the run stands to ``samples`` consumed."""
     return max(0, samples - args.consumed_train_samples) // args.global_batch_size
+
+
+def steps_beyond(args: argparse.Namespace, samples: int) -> int:
+    """Steps of the current batch until ``samples`` are consumed, the last of which may go beyond."""
+    return -(-max(0, samples - args.consumed_train_samples) // args.global_batch_size)

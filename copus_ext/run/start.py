@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import os
 import socket
 import sys
@@ -72,10 +71,30 @@ def _parse() -> argparse.Namespace:
 
     from copus_ext.run.config import add_arguments
 
-    raw = parse_args(add_arguments)
+    raw = parse_args(lambda parser: _with_readable_help(add_arguments(parser)))
     _set_cpu_flags(raw)
+    _gather_outputs(raw)
     _check_data(raw)
     return raw
+
+
+def _with_readable_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Upstream has help texts with a bare per cent sign, over which ``--help`` fails."""
+    for action in parser._actions:
+        try:
+            _ = (action.help or "") % vars(action)
+        except (ValueError, TypeError, KeyError):
+            action.help = (action.help or "").replace("%", "%%")
+    return parser
+
+
+def _gather_outputs(raw: argparse.Namespace) -> None:
+    """What a run writes goes under ``--copus-dir``, unless upstream's own flags say otherwise."""
+    if raw.no_copus:
+        return
+    raw.tensorboard_dir = raw.tensorboard_dir or os.path.join(raw.copus_dir, "tensorboard")
+    if raw.save is None and (raw.save_interval or raw.exit_signal_handler):
+        raw.save = os.path.join(raw.copus_dir, "checkpoints")
 
 
 def _set_cpu_flags(raw: argparse.Namespace) -> None:
@@ -107,10 +126,9 @@ def _check_data(raw: argparse.Namespace) -> None:
         raise UserError("--data-path is missing; give the prefix of .bin and .idx files of tools/preprocess_data.py")
     for flag in flags:
         for word in getattr(raw, flag) or []:
-            is_weight = word.replace(".", "", 1).isdigit()
-            missing = [
-                word + end for end in (".bin", ".idx") if not is_weight and not glob.glob(glob.escape(word + end))
-            ]
+            if word.replace(".", "", 1).isdigit() or "://" in word:  # a weight, or in an object store
+                continue
+            missing = [word + end for end in (".bin", ".idx") if not os.path.exists(word + end)]
             if missing:
                 name = "--" + flag.replace("_", "-")
                 raise UserError(f"{name} {word}: there is no {missing[0]}; make it with tools/preprocess_data.py")
@@ -127,9 +145,8 @@ def _run(raw: argparse.Namespace) -> int:
     check_flags(raw)
     config = config_from_args(raw, plan_of(raw))
     from copus_ext.run.driver import Driver
-    from copus_ext.run.hardware import describe_hardware
 
-    Driver(raw, config, describe_hardware(raw)).run()
+    Driver(raw, config).run()
     return 0
 
 

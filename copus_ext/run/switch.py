@@ -166,33 +166,37 @@ def set_micro_batches(args: argparse.Namespace) -> None:
 
 
 class _PeerFailed(Exception):
-    """Another rank voted against."""
+    """Another rank failed; the argument says how."""
 
 
 def _agreed[Result](step: Callable[[Callable[[], None]], Result], what: str) -> Result:
-    """Do ``step`` on every rank, and fail on every rank if it fails on one.
+    """Do ``step`` on every rank, and fail on every rank if it fails on one, everywhere with the same reason.
 
     ``step`` is given a function to call before anything collective: it returns when all ranks have come as far, and
     ends the step on the others where one failed on its way there.
     """
 
     def vote() -> None:
-        if _count(False):
-            raise _PeerFailed
+        if failure := _first_failure(None):
+            raise _PeerFailed(failure)
 
     try:
         result = step(vote)
         vote()
-    except _PeerFailed:
-        raise SwitchFailed(f"{what} failed on another rank") from None
+    except _PeerFailed as failure:
+        raise SwitchFailed(f"{what}: {failure}") from None
     except (AssertionError, ValueError, RuntimeError) as error:
-        _count(True)
-        raise SwitchFailed(f"{what} failed on rank {dist.get_rank()}: {first_line(error)}") from error
+        failure_here = _first_failure(f"rank {dist.get_rank()}: {first_line(error)}")
+        raise SwitchFailed(f"{what}: {failure_here}") from error
     return result
 
 
-def _count(failed: bool) -> int:
-    """How many ranks failed."""
-    votes = torch.tensor([failed], dtype=torch.int32, device=torch.cuda.current_device())
+def _first_failure(mine: str | None) -> str | None:
+    """What the first rank that failed says of it; ``None`` where none did. Collective."""
+    votes = torch.tensor([mine is not None], dtype=torch.int32, device=torch.cuda.current_device())
     dist.all_reduce(votes)
-    return int(votes)
+    if not int(votes):
+        return None
+    said: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, mine)
+    return next(words for words in said if words is not None)

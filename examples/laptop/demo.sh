@@ -8,7 +8,7 @@ export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 OUT=${OUT:-runs/demo}
 rm -rf "$OUT" && mkdir -p "$OUT"
 echo "training; the whole of Megatron's log goes to $OUT/train.log"
-torchrun --nproc-per-node "${RANKS:-4}" pretrain_gpt_copus.py \
+python -m torch.distributed.run --nproc-per-node "${RANKS:-4}" pretrain_gpt_copus.py \
     --num-layers 4 --hidden-size 512 --num-attention-heads 8 --seq-length 64 --max-position-embeddings 64 \
     --position-embedding-type rope --swiglu --ffn-hidden-size 1408 --normalization RMSNorm --disable-bias-linear \
     --hidden-dropout 0 --attention-dropout 0 \
@@ -17,7 +17,6 @@ torchrun --nproc-per-node "${RANKS:-4}" pretrain_gpt_copus.py \
     --train-samples "${SAMPLES:-4096}" --micro-batch-size 1 --global-batch-size 8 \
     --lr 6e-4 --min-lr 6e-5 --lr-decay-style cosine --lr-warmup-samples 128 --weight-decay 0.1 --clip-grad 1.0 \
     --eval-interval 100 --eval-iters 4 --eval-global-batch-size 16 --log-interval 10 \
-    --tensorboard-dir "$OUT/tensorboard" \
     --copus-dir "$OUT" --copus-space "mbs=1,2,4 gbs=2..64" --copus-interval 20 "$@" \
     2>&1 | tee "$OUT/train.log" | grep --line-buffered -E '^ \[copus\]|Error|pretrain_gpt_copus.py:' || true
 python tools/report.py "$OUT"

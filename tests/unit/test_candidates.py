@@ -58,7 +58,7 @@ def test_interleaving_needs_whole_rounds_of_micro_batches() -> None:
 
 
 def test_candidates_are_exactly_the_feasible_plans() -> None:
-    found = candidate_plans(BASE, MODEL, [16, 8], max_micro_batch=4)
+    found = candidate_plans(BASE, MODEL, [16, 8], (1, 2, 4))
     sizes = [(dp, tp, pp) for dp in range(1, 9) for tp in range(1, 9) for pp in range(1, 9) if dp * tp * pp == 8]
     expected = {
         plan
@@ -74,12 +74,12 @@ def test_candidates_are_exactly_the_feasible_plans() -> None:
 
 
 def test_order_does_not_depend_on_the_order_asked_in() -> None:
-    assert candidate_plans(BASE, MODEL, [8, 16, 8], 2) == candidate_plans(BASE, MODEL, [16, 8], 2)
+    assert candidate_plans(BASE, MODEL, [8, 16, 8], (2, 1)) == candidate_plans(BASE, MODEL, [16, 8], (1, 2))
 
 
 def test_the_rest_of_the_layout_is_kept_and_interleaving_where_it_fits() -> None:
     layout = Layout(tp=2, pp=2, vpp=2, dp=2, sequence_parallel=True, distributed_optimizer=True, recompute="full")
-    found = candidate_plans(Plan(layout, 1, 16), MODEL, [16], 4)
+    found = candidate_plans(Plan(layout, 1, 16), MODEL, [16], (1, 2, 4))
     assert all(plan.layout.distributed_optimizer and plan.layout.recompute == "full" for plan in found)
     assert all(plan.layout.sequence_parallel for plan in found), "a wish that counts where tp > 1"
     assert all(plan.layout.world_size == 8 for plan in found)
@@ -88,7 +88,7 @@ def test_the_rest_of_the_layout_is_kept_and_interleaving_where_it_fits() -> None
 
 
 def test_context_parallel_ranks_are_not_given_away() -> None:
-    found = candidate_plans(Plan(Layout(dp=2, cp=2, tp=2), 1, 8), MODEL, [8], 1)
+    found = candidate_plans(Plan(Layout(dp=2, cp=2, tp=2), 1, 8), MODEL, [8], (1,))
     assert {(p.layout.dp, p.layout.tp, p.layout.pp, p.layout.cp) for p in found} == {
         (dp, tp, pp, 2) for dp, tp, pp in ((4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2), (1, 1, 4))
     }

@@ -17,7 +17,7 @@ MODEL = ModelShape(layers=4, hidden=256, heads=8, kv_heads=8, ffn=1024, vocab=25
 HARDWARE = shared_cpu(cores=2, ranks=4, memory_bytes=24e9)
 PRIOR = ThroughputModel(MODEL, HARDWARE)
 DATA = Plan(Layout(dp=4), 1, 8)
-PLANS = candidate_plans(DATA, MODEL, [4, 8, 16, 32], max_micro_batch=4)
+PLANS = candidate_plans(DATA, MODEL, [4, 8, 16, 32], (1, 2, 4))
 
 
 def prior_seconds(plan: Plan) -> float:

@@ -65,6 +65,11 @@ class CopusPolicy:
     dwell_steps: int = 10
     max_growth: float = 2.0
 
+    @property
+    def searches(self) -> bool:
+        """It chooses from the space."""
+        return True
+
     def next_change(self, consumed_samples: int) -> int | None:
         """Nothing is known beforehand."""
         return None

@@ -14,6 +14,11 @@ class SchedulePolicy:
 
     schedule: Schedule
 
+    @property
+    def searches(self) -> bool:
+        """It needs no candidates."""
+        return False
+
     def next_change(self, consumed_samples: int) -> int | None:
         """Where the schedule's next plan begins."""
         return self.schedule.next_change(consumed_samples)
@@ -21,6 +26,9 @@ class SchedulePolicy:
     def decide(self, situation: Situation) -> Decision:
         """The plan that the schedule has for the samples consumed."""
         chosen = self.schedule.plan_at(situation.consumed_samples)
+        if chosen != situation.current and chosen in situation.rejected:
+            why = f"stay: the scheduled {chosen} was given up: {situation.rejected[chosen]}"
+            return Decision(situation.current, situation.current, why)
         if chosen != situation.current:
             reason = f"switch to {chosen}: scheduled at {situation.consumed_samples} samples"
         elif (change := self.next_change(situation.consumed_samples)) is not None:

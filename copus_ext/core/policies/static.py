@@ -11,6 +11,11 @@ from copus_ext.core.decision import Decision, Situation
 class StaticPolicy:
     """Keeps the plan it is given."""
 
+    @property
+    def searches(self) -> bool:
+        """It needs no candidates."""
+        return False
+
     def next_change(self, consumed_samples: int) -> int | None:
         """Nothing is known to change."""
         return None

@@ -83,20 +83,26 @@ def test_copus_moves_a_run_and_tells_why(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").exists()
 
 
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stop_at", [5, 7], ids=["on a scheduled change", "between two"])
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, stop_at: int) -> None:
     schedule = ("--copus-policy=schedule", "--copus-schedule", "0:dp4 40:tp2,pp2,gbs16,mbs2 120:pp4,gbs8")
     whole, parts, saved = tmp_path / "whole", tmp_path / "parts", tmp_path / "checkpoints"
     finished(launch(RUN, f"--copus-dir={whole}", *schedule))
     keep = f"--save {saved} --load {saved} --save-interval 1000 --ckpt-format torch_dist "
-    finished(launch(RUN + keep + "--exit-interval 7", f"--copus-dir={parts}", *schedule))
-    assert len(losses_of(parts)) == 7
+    finished(launch(RUN + keep + f"--exit-interval {stop_at}", f"--copus-dir={parts}", *schedule))
+    assert len(losses_of(parts)) == stop_at
+    fewer = launch(RUN + keep, f"--copus-dir={parts}", *schedule, ranks=2)
+    assert [o.status for o in fewer] == [2, 2]
     finished(launch(RUN + keep, f"--copus-dir={parts}", *schedule))
     assert losses_of(parts) == pytest.approx(losses_of(whole), rel=1e-5)
-    resumed = events_of(parts, "run_start")[-1]
-    assert resumed["resumed_from"] == 7
-    assert resumed["plan"] == "dp1,tp2,pp2,mbs2,gbs16"
-    tracker = json.loads((saved / "iter_0000007" / "copus_state.json").read_text())
-    assert tracker["noise"]["steps"] == 7
+    steps = [events_of(run, "step") for run in (parts, whole)]
+    assert [s["plan"] for s in steps[0]] == [s["plan"] for s in steps[1]]
+    assert events_of(parts, "run_start")[-1]["resumed_from"] == stop_at
+    state = json.loads((saved / f"iter_{stop_at:07d}" / "copus_state.json").read_text())
+    assert state["noise"]["steps"] == stop_at
+    last = len(steps[0])
+    assert (saved / f"iter_{last:07d}" / "copus_state.json").exists()
+    assert events_of(parts, "eval")[-1]["iteration"] == last
 
 
 def test_a_switch_that_one_rank_cannot_prepare_is_given_up_by_all(tmp_path: Path) -> None:
@@ -109,6 +115,14 @@ def test_a_switch_that_one_rank_cannot_prepare_is_given_up_by_all(tmp_path: Path
     assert len(faults) == 1
     assert "rank 2: no room for this model" in faults[0]["message"]
     assert {step["plan"] for step in events_of(faulty, "step")} == {"dp4,mbs1,gbs8"}
+
+
+def test_a_schedule_that_slipped_is_followed_as_soon_as_steps_allow(tmp_path: Path) -> None:
+    """The step of 8 that should have led from 96 to 104 is given up, and steps of 16 never end at 104."""
+    schedule = ("--copus-policy=schedule", "--copus-schedule", "0:dp4,gbs16 96:pp4,gbs8 104:dp4,mbs2,gbs8")
+    finished(run_ranks(4, run_with_failing_build, [*RUN.split(), f"--copus-dir={tmp_path}", *schedule]))
+    plans = [(s["plan"], s["consumed_samples"]) for s in events_of(tmp_path, "step")]
+    assert plans[6:] == [("dp4,mbs1,gbs16", 112), *(("dp4,mbs2,gbs8", samples) for samples in range(120, 161, 8))]
 
 
 def run_with_failing_build(words: list[str]) -> Outcome:

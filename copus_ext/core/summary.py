@@ -212,13 +212,18 @@ def _switch_lines(summary: Summary) -> list[str]:
     lines = [_entry("switches", str(len(summary.switches)) if summary.switches else "none")]
     for switch in summary.switches:
         exact = {True: "exact", False: "NOT EXACT", None: "exactness not checked"}[switch.get("exact")]
-        lines.append(_entry("", f"step {switch['iteration']}: {_from_to(switch, 'from', 'to')}, {exact}"))
-        lines += _wrapped(format_phases(switch.get("seconds") or {}))
-        if switch.get("bytes_moved") is not None:
-            least = switch.get("bytes_minimum")
-            of_least = "" if least is None else f", the least possible is {format_bytes(least)}"
-            lines += _wrapped(f"{format_bytes(switch['bytes_moved'])} moved{of_least}")
+        spent = f"{switch_seconds(switch.get('seconds') or {}):.2f} s"
+        lines.append(_entry("", f"step {switch['iteration']}: {spent}, {_format_moved(switch)}{exact}"))
     return lines
+
+
+def _format_moved(switch: Event) -> str:
+    """Bytes that a switch moved, and the least that had to be where it moved more."""
+    moved, least = switch.get("bytes_moved"), switch.get("bytes_minimum")
+    if moved is None:
+        return ""
+    of_least = "" if least in (None, moved) else f" where {format_bytes(least)} had to be"
+    return f"{format_bytes(moved)} moved{of_least}, "
 
 
 def _fault_lines(summary: Summary) -> list[str]:

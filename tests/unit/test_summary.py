@@ -62,9 +62,7 @@ def test_the_text_tells_what_happened() -> None:
         "2: 1 change, 1 to stay",
         "step 10: pp4,mbs1,gbs4 -> dp4,mbs2,gbs32",
         "gain 13.2 %, 0.6 % repays the switch",
-        "dp4,mbs2,gbs32, exact",
-        "0.38 s (build 0.25, move 0.12)",
-        "2.5 MB moved, the least possible is 2 MB",
+        "step 10: 0.38 s, 2.5 MB moved where 2 MB had to be, exact",
         "faults      none",
         "runs/demo/events.jsonl",
     ):

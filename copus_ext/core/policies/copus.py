@@ -25,6 +25,8 @@ from copus_ext.core.plan import Plan
 
 Array = NDArray[np.float64]
 
+_TRIAL_WORTH = 0.01  # of the time left: a trial that is expected to win less is not worth the unrest
+
 
 def gain_needed(switch_cost_s: float, horizon_s: float) -> float:
     """The gain from which on a switch pays: C / (H - C), infinite where the switch takes all the time left.
@@ -85,7 +87,7 @@ class CopusPolicy:
         if situation.steps_since_switch < self.dwell_steps:
             chosen = 0
             reason = f"stay: {situation.steps_since_switch} of {self.dwell_steps} steps since the last switch are done"
-        elif not switch and outlook.trial_s[trial] > 0:
+        elif not switch and outlook.trial_s[trial] > _TRIAL_WORTH * outlook.horizon_s:
             chosen = best = trial
             reason = _explain_trial(outlook, trial)
         return Decision(

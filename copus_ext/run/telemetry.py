@@ -99,7 +99,10 @@ class Telemetry:
             exact=report.exact,
         )
         phases = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in report.seconds.items())
-        moved = f"; {report.bytes_moved / 2**20:.1f} MiB moved, checksums agree" if "move" in report.seconds else ""
+        moved = ""
+        if "move" in report.seconds:
+            moved = f"; {report.bytes_moved / 2**20:.1f} MiB moved" if report.bytes_moved else "; nothing had to move"
+            moved += ", checksums agree"
         self.say(f"switched to {report.new} in {report.total_s:.2f} s ({phases}){moved}")
 
     def close(self) -> None:

@@ -112,13 +112,13 @@ def parse_plan(text: str, base: Plan) -> Plan:
     world_size = base.layout.world_size
     if "dp" not in layout:
         model_ranks = layout.get("tp", 1) * layout.get("pp", 1) * layout.get("cp", 1)
-        if model_ranks < 1 or world_size % model_ranks:
+        if world_size % model_ranks:
             raise ValueError(f"plan {text!r} needs a multiple of {model_ranks} ranks, and there are {world_size}")
         layout["dp"] = world_size // model_ranks
-    plan = Plan(Layout(**layout), **batch)
-    if plan.layout.world_size != world_size:
-        raise ValueError(f"plan {text!r} takes {plan.layout.world_size} ranks, and there are {world_size}")
-    return plan
+    placed = Layout(**layout)
+    if placed.world_size != world_size:
+        raise ValueError(f"plan {text!r} takes {placed.world_size} ranks, and there are {world_size}")
+    return Plan(placed, **batch)
 
 
 def _read_word(word: str, layout: dict[str, Any], batch: dict[str, int]) -> None:
@@ -133,6 +133,8 @@ def _read_word(word: str, layout: dict[str, Any], batch: dict[str, int]) -> None
         return
     name = word.rstrip("0123456789")
     digits = word[len(name) :]
+    if digits and int(digits) < 1:
+        raise ValueError(f"{name} must be at least 1, not {digits}")
     if digits and name in _FIELD_OF_BATCH:
         batch[_FIELD_OF_BATCH[name]] = int(digits)
     elif digits and name in _SIZES:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import pytest
 from tests.end_to_end.launch import BATCHES, MOCK, MODEL, TRAINING, Outcome, run_main
 from tests.ranks.harness import run_ranks
 
+ROOT = Path(__file__).parents[2]
 RUN = MODEL + TRAINING + BATCHES
 CASES = {
     "unknown policy": (MOCK + "--copus-policy best", (), "--copus-policy best"),
@@ -69,3 +73,16 @@ def test_bad_input_is_told_in_one_line_by_one_rank(case: str, outcomes: dict[str
 def test_a_missing_file_is_named_with_its_remedy(outcomes: dict[str, list[Outcome]]) -> None:
     assert "/no/such.bin" in outcomes["no data at that prefix"][0].err
     assert Path("tools/preprocess_data.py").name in outcomes["no data at that prefix"][0].err
+
+
+def test_torchrun_shows_the_line_once() -> None:
+    """The launcher kills all ranks when the first one ends, so the others have to let rank 0 speak."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "pretrain_gpt_copus.py"]
+    flags = [*(RUN + MOCK).split(), "--copus-policy", "best"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=200
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("pretrain_gpt_copus.py: --copus-policy best") == 1
+    assert "Traceback (most recent call last)" not in done.stderr.split("pretrain_gpt_copus.py: ")[0]

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import copy
 import io
-import math
 from typing import Any
 
 from megatron.core.transformer.enums import AttnBackend
@@ -115,11 +114,25 @@ def arguments_for(raw: argparse.Namespace, plan: Plan, *, announce: bool = False
         setattr(args, name, value)
     # Evaluation must read the same samples whatever the plan: its batch is the run's, only its micro-batch follows.
     if args.eval_global_batch_size:
-        per_rank = max(1, args.eval_global_batch_size // plan.layout.dp)
-        args.eval_micro_batch_size = math.gcd(per_rank, args.eval_micro_batch_size or plan.micro_batch)
+        wanted = args.eval_micro_batch_size or plan.micro_batch
+        args.eval_micro_batch_size = _eval_micro_batch(plan.layout, args.eval_global_batch_size, wanted)
     with contextlib.nullcontext() if announce else contextlib.redirect_stdout(io.StringIO()):
         validate_args(args)
     return args
+
+
+def _eval_micro_batch(layout: Layout, global_batch: int, wanted: int) -> int:
+    """The largest micro-batch up to ``wanted`` with which ``layout`` can evaluate on ``global_batch`` sequences.
+
+    Raises:
+        ValueError: there is none.
+    """
+    per_rank, uneven = divmod(global_batch, layout.dp)
+    together = layout.pp if layout.vpp > 1 else 1  # interleaved schedules take micro-batches in multiples of the stages
+    fitting = [m for m in range(1, wanted + 1) if per_rank % m == 0 and per_rank // m % together == 0]
+    if uneven or not fitting:
+        raise ValueError(f"--eval-global-batch-size {global_batch} can't be shared out under {layout}")
+    return fitting[-1]
 
 
 def model_shape(args: argparse.Namespace) -> ModelShape:

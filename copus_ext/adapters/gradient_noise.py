@@ -43,6 +43,7 @@ class GradientNoise:
         self._seen: dict[torch.nn.Parameter, int] = {}  # micro-batches accumulated in this step
         self._slices_read: dict[torch.nn.Parameter, int] = {}
         self._previous: dict[Any, torch.Tensor] = {}
+        self._loss_scale: float | None = None  # of the step under way; None until something of it was read
         self._undo: list[Callable[[], None]] = []
 
     def _zero(self) -> torch.Tensor:
@@ -50,6 +51,7 @@ class GradientNoise:
 
     def attach(self) -> GradientNoise:
         """Start reading. The job must not have a step under way."""
+        self._wrap_zeroing(self._job.model[0])
         for chunk in self._job.model:
             for group in chunk.bucket_groups + chunk.expert_parallel_bucket_groups:
                 self._wrap_grad_sync(group)
@@ -84,6 +86,17 @@ class GradientNoise:
 
     # -- reading
 
+    def _wrap_zeroing(self, chunk: Any) -> None:
+        """Begin anew with every forward-backward pass: upstream's rerun state machine may do a step's a second time."""
+        zero_grad_buffer = chunk.zero_grad_buffer
+
+        def reset_then_zero() -> None:
+            self._reset()
+            zero_grad_buffer()
+
+        chunk.zero_grad_buffer = reset_then_zero
+        self._undo.append(partial(delattr, chunk, "zero_grad_buffer"))
+
     def _wrap_grad_sync(self, group: Any) -> None:
         start_grad_sync = group.start_grad_sync
 
@@ -107,13 +120,17 @@ class GradientNoise:
                 self._seen[param] = seen = self._seen.get(param, 0) + 1
                 if seen % self._window == 0 and seen < self._window * self._slices:
                     self._read(param)
-                    self._previous.setdefault(param, torch.empty_like(param.main_grad)).copy_(param.main_grad)
+                    if param not in self._previous:
+                        self._previous[param] = torch.empty_like(param.main_grad)
+                    self._previous[param].copy_(param.main_grad)
 
             # Registered after DDP's own hook, which has added this micro-batch to main_grad when ours runs.
             self._undo.append(accumulator.register_hook(count).remove)
 
     def _read(self, param: Any) -> None:
         """Take in what ``param`` accumulated since the last reading."""
+        if self._loss_scale is None:  # now, since the optimizer may change it before the step is collected
+            self._loss_scale = float(self._job.optimizer.get_loss_scale()) if self._job.args.fp16 else 1.0
         kind = self._classes[param]
         number = self._slices_read.get(param, 0)
         self._slices_read[param] = number + 1
@@ -146,7 +163,7 @@ class GradientNoise:
 
     def _gradient_scale(self) -> float:
         """What turns an accumulated gradient into that of the mean loss: loss scale and per-token normalisation."""
-        scale = 1.0 / float(self._job.optimizer.get_loss_scale())
+        scale = 1.0 / (self._loss_scale or 1.0)
         if self._job.config.calculate_per_token_loss:
             # Sums over tokens: a rank's mean is over the tokens it saw, all of which count in pre-training.
             plan = self._job.plan
@@ -154,6 +171,7 @@ class GradientNoise:
         return scale
 
     def _reset(self) -> None:
+        self._loss_scale = None
         self._square_sum = self._zero()
         for state in (self._partial, self._seen, self._slices_read):
             state.clear()

@@ -38,11 +38,25 @@ class Job:
     scheduler: Any
     config: Any
 
+    def ready(self) -> None:
+        """Put what ``train()`` sets and takes away back to where a job that was just built has it."""
+        for chunk in self.model:
+            if getattr(chunk, "use_forward_hook", False) and not chunk.remove_forward_pre_hook_handles:
+                chunk.enable_forward_pre_hook()
+        self._unset_functions()
+
     def release(self) -> None:
         """Drop every reference that upstream's globals and hooks keep to the model, so that its memory is freed."""
         for chunk in self.model:
             if getattr(chunk, "remove_forward_pre_hook_handles", None):
                 chunk.disable_forward_pre_hook(param_sync=False)
+        self._unset_functions()
+        for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
+            embedding.forward.cache_clear()  # the cache of a method keeps its object, and that keeps its model
+        self.model, self.optimizer, self.scheduler = [], None, None
+
+    def _unset_functions(self) -> None:
+        """``train()`` puts bound methods of the model into its configuration, and asserts that it finds none there."""
         for name in (
             "finalize_model_grads_func",
             "grad_scale_func",
@@ -51,9 +65,6 @@ class Job:
             "param_sync_func",
         ):
             setattr(self.config, name, None)
-        for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
-            embedding.forward.cache_clear()  # the cache of a method keeps its object, and that keeps its model
-        self.model, self.optimizer, self.scheduler = [], None, None
 
 
 def build_job(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.training import get_args
 from megatron.training.training import build_train_valid_test_data_iterators
 from megatron.training.utils import print_rank_0
 
@@ -17,9 +18,9 @@ class Data:
     layout: no sample is lost or repeated by a switch.
     """
 
-    def __init__(self, validation_factor: int = 1) -> None:
-        """``validation_factor``: how many times as many evaluations there may be as under the first plan."""
-        self._validation_factor = validation_factor
+    def __init__(self, smallest_batch: int) -> None:
+        """``smallest_batch``: the smallest global batch of any plan that may come; it has the most evaluations."""
+        self._smallest_batch = smallest_batch
         self._datasets: tuple[Any, Any, Any] | None = None
 
     def iterators(self, model_chunks: int) -> tuple[Any, Any, Any]:
@@ -38,7 +39,11 @@ class Data:
         if self._datasets is None:
             train, valid, test = num_samples
             if valid is not None:  # None: all of the validation set, each time
-                valid *= self._validation_factor
+                # Not upstream's number, which follows from the plan the process starts with: a resumed run must build
+                # the same set as the run it goes on from.
+                args = get_args()
+                evaluations = train // self._smallest_batch // args.eval_interval + 2
+                valid = evaluations * args.eval_iters * args.eval_global_batch_size
             self._datasets = gpt.build_datasets([train, valid, test], on_every_rank=True)
             print_rank_0("> datasets are kept for the whole run")
         return self._datasets

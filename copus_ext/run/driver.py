@@ -43,7 +43,7 @@ from megatron.patches.training_hooks import observing
 
 
 class Driver:
-    """One run on this rank. Every method is collective over all ranks."""
+    """One run on this rank. Building and running it is collective over all ranks."""
 
     def __init__(self, raw: argparse.Namespace, config: CopusConfig) -> None:
         """Bring upstream up for the first plan, or for the plan of the checkpoint that ``--load`` names.
@@ -53,7 +53,7 @@ class Driver:
             config: the checked ``--copus-*`` flags.
         """
         self.raw, self.config = raw, config
-        saved = load_state(raw.load)
+        saved = None if raw.finetune else load_state(raw.load, raw.ckpt_step)  # fine-tuning begins a run of its own
         plan = saved.plan if saved else config.first_plan
         _check_ranks(plan, raw)
         self.layouts = LayoutGroups()  # before upstream makes any group
@@ -70,8 +70,8 @@ class Driver:
         self.job = build_job(plan, args, self.layouts.adopt(plan.layout))
         args.curr_iteration = args.iteration  # upstream sets it in its loop only
         self.knowledge = self._first_knowledge(args, describe_hardware(raw), saved)
-        smallest = min(p.global_batch for p in (*self.knowledge.candidates, plan))
-        self.data = Data(math.ceil(config.base.global_batch / smallest))
+        possible = (*self.knowledge.candidates, *config.named_plans, config.base)
+        self.data = Data(min(plan.global_batch for plan in possible))
         leads = args.rank == args.world_size - 1
         self.telemetry = Telemetry(config.directory, leads, args.iteration if args.iteration else None)
         if tight := too_large(plan, model_shape(args), self.knowledge.throughput.hardware.memory_bytes):
@@ -99,7 +99,8 @@ class Driver:
         if not self.config.policy.searches:
             return [plan.layout.tp for plan in self.config.named_plans]
         heads, ranks = self.raw.num_attention_heads, self.config.base.layout.world_size
-        return [tp for tp in self.config.space.tp or range(1, heads + 1) if heads % tp == 0 and ranks % tp == 0]
+        wanted = self.config.space.tp or range(1, heads + 1)
+        return [self.config.base.layout.tp, *(tp for tp in wanted if heads % tp == 0 and ranks % tp == 0)]
 
     def _overrides(self, plan: Plan) -> dict[str, Any]:
         """Arguments that follow from the plan but are no part of it: the learning rates for its global batch."""
@@ -165,21 +166,22 @@ class Driver:
             raise
         finally:
             self.telemetry.event("run_end", status=status)
-            self._report()
+            self.telemetry.close()
+        self._report()
 
     def _train(self) -> None:
         iterators = self.data.iterators(len(self.job.model))
         due = self.config.scheduled_at(self.job.args.consumed_train_samples)
         if due not in (None, self.job.plan):  # a checkpoint was made just before a scheduled change
             iterators = self._switch(due) or iterators
-        first = True
+        trained = False
         while steps_until(self.job.args, self.job.args.train_samples):
-            wanted = self._segment(iterators, continues_a_run=not first)
-            first = False
+            wanted = self._segment(iterators, continues_a_run=trained)
+            trained = True
             if wanted is not None:
                 iterators = self._switch(wanted) or iterators
         with observing(self._controller(continues_a_run=True)):
-            self._finish(iterators)
+            self._finish(iterators, save=trained)
         if self.job.args.do_test:  # by itself: it is no validation loss, and the log has one kind of evaluation
             self._evaluate("test", iterators[2])
         training.maybe_finalize_async_save(blocking=True, terminate=True)
@@ -191,7 +193,7 @@ class Driver:
         steps = steps_until(args, args.train_samples)
         # A schedule's changes fall on whole steps, unless an earlier one was given up and other batches are in force.
         args.train_iters = args.iteration + (steps if change is None else min(steps, steps_beyond(args, change)))
-        job.config.finalize_model_grads_func = job.config.no_sync_func = None  # train() sets them anew
+        job.ready()
         controller = self._controller(continues_a_run)
         if continues_a_run:  # train() starts this timer and leaves it running
             timer = get_timers()("interval-time")
@@ -231,10 +233,10 @@ class Driver:
         self.telemetry.switch(report)
         return iterators
 
-    def _finish(self, iterators: tuple[Any, Any, Any]) -> None:
-        """What upstream's ``pretrain()`` does behind its training loop."""
+    def _finish(self, iterators: tuple[Any, Any, Any], save: bool) -> None:
+        """What upstream's ``pretrain()`` does behind its training loop; ``save``: there is something new to save."""
         job, args = self.job, self.job.args
-        if args.save and args.iteration and args.iteration % (args.save_interval or args.iteration + 1):
+        if save and args.save and args.iteration % (args.save_interval or args.iteration + 1):
             flops = args.num_floating_point_operations_so_far
             training.save_checkpoint_and_time(args.iteration, job.model, job.optimizer, job.scheduler, flops, {})
         if args.do_valid:
@@ -251,7 +253,6 @@ class Driver:
         return Controller(self.job, self.config, self.knowledge, self.telemetry, self._refusal_of, continues_a_run)
 
     def _report(self) -> None:
-        self.telemetry.close()
         if self.telemetry.leads:
             print(format_summary(summarise(read_events(self.telemetry.path), self.telemetry.path)), flush=True)
             write_report(self.config.directory)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from copus_ext.core.noise_scale import NoiseScaleEstimator
@@ -41,32 +41,37 @@ class Knowledge:
 
     def restore(self, state: SavedState) -> None:
         """Go on from what a checkpoint knew."""
-        self.noise, self.throughput, self.switch_cost = state.noise, state.throughput, state.switch_cost
+        self.noise = replace(state.noise, half_life_tokens=self.noise.half_life_tokens)  # that is for the flags to say
+        self.throughput, self.switch_cost = state.throughput, state.switch_cost
 
 
 @dataclass(frozen=True)
 class SavedState:
     """What stands beside a checkpoint."""
 
-    iteration: int
     plan: Plan
     noise: NoiseScaleEstimator
     throughput: ThroughputModel
     switch_cost: SwitchCost
 
 
-def load_state(checkpoints: str | None) -> SavedState | None:
-    """The state beside the latest checkpoint in a folder; ``None`` where there is no checkpoint or it has no state."""
+def load_state(checkpoints: str | None, iteration: int | None = None) -> SavedState | None:
+    """The state beside a checkpoint, the latest of the folder where no iteration is given.
+
+    ``None`` where there is no checkpoint, or it has no state.
+    """
     tracker = Path(checkpoints or "") / "latest_checkpointed_iteration.txt"
-    if not checkpoints or not tracker.exists() or not tracker.read_text().strip().isdecimal():
+    if not checkpoints or not tracker.exists():
         return None
-    iteration = int(tracker.read_text())
+    latest = tracker.read_text().strip()
+    if iteration is None and not latest.isdecimal():
+        return None
+    iteration = int(latest) if iteration is None else iteration
     path = Path(checkpoints) / f"iter_{iteration:07d}" / _FILE
     if not path.exists():
         return None
     state = json.loads(path.read_text())
     return SavedState(
-        iteration=iteration,
         plan=plan_from_json(state["plan"]),
         noise=NoiseScaleEstimator.from_json(state["noise"]),
         throughput=ThroughputModel.from_json(state["throughput"]),

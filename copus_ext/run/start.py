@@ -44,11 +44,14 @@ def main() -> int:
 
 
 def _refuse(error: UserError) -> int:
-    """Say what is wrong on rank 0. The launcher kills all ranks when the first one ends, so the others let it speak."""
-    if os.environ["RANK"] == "0":
-        print(f"pretrain_gpt_copus.py: {error}", file=sys.stderr, flush=True)
-    else:
+    """Say what is wrong, once. The launcher kills all ranks when the first one ends, so the others let rank 0 speak.
+
+    Who is not killed meanwhile saw something that rank 0 did not, such as files that are missing on one node.
+    """
+    rank = os.environ["RANK"]
+    if rank != "0":
         time.sleep(_LET_RANK_0_SPEAK_S)
+    print(f"pretrain_gpt_copus.py: {error}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr, flush=True)
     return BAD_INPUT
 
 

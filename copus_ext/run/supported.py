@@ -24,6 +24,8 @@ _NOT_WITH_COPUS = {  # what ties a job to the layout it was built with, or its s
     "decoder_first_pipeline_num_layers": "--decoder-first-pipeline-num-layers",
     "decoder_last_pipeline_num_layers": "--decoder-last-pipeline-num-layers",
     "pipeline_model_parallel_layout": "--pipeline-model-parallel-layout",
+    "skip_train": "--skip-train",
+    "tensor_parallel_num_weight_shards": "--tensor-parallel-num-weight-shards",
     "moe_use_upcycling": "--moe-use-upcycling",
     "decrease_batch_size_if_needed": "--decrease-batch-size-if-needed",
     "iterations_to_skip": "--iterations-to-skip",

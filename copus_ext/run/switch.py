@@ -141,10 +141,9 @@ def _prepare(plan: Plan, args: argparse.Namespace, layouts: LayoutGroups, vote: 
 
 def _change_batch(job: Job, plan: Plan, args: argparse.Namespace) -> None:
     """Other batch sizes on the same layout: nothing is built, only what counts batches is told."""
-    ratio = args.lr / job.args.lr
     for group in job.optimizer.param_groups:
-        group["max_lr"] *= ratio
-        group["min_lr"] *= ratio
+        group["max_lr"] = _rate_under(args, job.args, group["max_lr"], "lr", "decoupled_lr")
+        group["min_lr"] = _rate_under(args, job.args, group["min_lr"], "min_lr", "decoupled_min_lr")
     scheduler = job.scheduler
     scheduler.init_lr, scheduler.max_lr, scheduler.min_lr = args.lr_warmup_init, args.lr, args.min_lr
     scheduler.step(0)
@@ -152,6 +151,18 @@ def _change_batch(job: Job, plan: Plan, args: argparse.Namespace) -> None:
     job.plan, job.args = plan, args
     set_args(args)
     set_micro_batches(args)
+
+
+def _rate_under(new: argparse.Namespace, old: argparse.Namespace, rate: float, *names: str) -> float:
+    """What a bound of a parameter group's learning rate is under ``new``, to the last bit.
+
+    Upstream finds the groups of a checkpoint again by comparing these numbers, so they must be those that a job built
+    under ``new`` has. Groups with rates of their own (upstream's muP) are scaled.
+    """
+    for name in names:
+        if rate == getattr(old, name):
+            return float(getattr(new, name))
+    return rate * new.lr / old.lr if old.lr else rate
 
 
 def set_micro_batches(args: argparse.Namespace) -> None:

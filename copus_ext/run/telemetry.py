@@ -65,9 +65,9 @@ class Telemetry:
     def _scalars(self, values: dict[str, float]) -> None:
         """To TensorBoard and W&B under upstream's habits of naming: ``name`` by iteration, ``name vs samples``."""
         writer, wandb, args = get_tensorboard_writer(), get_wandb_writer(), get_args()
-        if writer is None or args.curr_iteration % args.tensorboard_log_interval:
+        if args.curr_iteration % args.tensorboard_log_interval:
             return
-        for name, value in values.items():
+        for name, value in values.items() if writer is not None else ():
             writer.add_scalar(name, value, args.curr_iteration)
             writer.add_scalar(f"{name} vs samples", value, args.consumed_train_samples)
         if wandb is not None:

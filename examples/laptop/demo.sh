@@ -6,7 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 OUT=${OUT:-runs/demo}
-rm -rf "$OUT" && mkdir -p "$OUT"
+mkdir -p "$OUT"
+(cd "$OUT" && rm -rf events.jsonl report.html train.log cache tensorboard checkpoints)  # of the last demo
 echo "training; the whole of Megatron's log goes to $OUT/train.log"
 python -m torch.distributed.run --nproc-per-node "${RANKS:-4}" pretrain_gpt_copus.py \
     --num-layers 4 --hidden-size 512 --num-attention-heads 8 --seq-length 64 --max-position-embeddings 64 \

@@ -1,6 +1,6 @@
 """Where a driver looks into upstream's training loop, and where it may end a segment.
 
-``train()`` has no callbacks. It calls four functions by their module-level names; these are wrapped to tell an observer
+``train()`` has no callbacks. It calls five functions by their module-level names; these are wrapped to tell an observer
 what happened. Without an observer they do what upstream does.
 """
 

@@ -64,30 +64,56 @@ def test_changing_batches_and_layouts_equals_changing_batches_alone(tmp_path: Pa
     assert rates == pytest.approx([c * f for c, f in zip(cosine, factors, strict=True)]), "sqrt rule on a cosine"
 
 
+def test_overlap_and_evaluation_on_the_way_change_no_loss(tmp_path: Path) -> None:
+    """Batch-only switches keep the job, whose hooks train() takes away; evaluations go on as batches shrink."""
+    plans = "0:dp4,gbs16 32:dp4,gbs8 64:dp2,pp2,vpp2,mbs2,gbs8 96:dp4,gbs4 128:dp4,gbs16"
+    schedule = ("--copus-policy=schedule", "--copus-schedule", plans)
+    plain, overlapped = tmp_path / "plain", tmp_path / "overlapped"
+    finished(launch(RUN + "--eval-interval 2", f"--copus-dir={plain}", *schedule))
+    flags = "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather --eval-interval 2"
+    finished(launch(RUN + flags, f"--copus-dir={overlapped}", *schedule))
+    assert losses_of(overlapped) == pytest.approx(losses_of(plain), rel=1e-5)
+    validations = [[e["loss"] for e in events_of(run, "eval")] for run in (overlapped, plain)]
+    assert validations[0] == pytest.approx(validations[1], rel=1e-5)
+    assert len(validations[0]) == len(losses_of(plain)) // 2 + 1
+
+
 def test_copus_moves_a_run_and_tells_why(tmp_path: Path) -> None:
-    """On the wire format that outside checks read."""
-    flags = "--copus-interval 5 --copus-dwell-steps 5 --copus-noise-half-life-tokens 4096 --train-samples 320"
-    finished(launch(RUN + flags, f"--copus-dir={tmp_path}"))
+    """One sequence at a time is slow wherever it runs, so larger micro-batches win. In the format outside checks read."""
+    flags = "--copus-interval 5 --copus-dwell-steps 5 --train-samples 1280 --global-batch-size 32"
+    finished(launch(RUN + flags, f"--copus-dir={tmp_path}", "--copus-space", "tp=1 pp=1,2 mbs=1,8 gbs=16..64"))
     events = read_events(tmp_path / "events.jsonl")
     for event in events:
         assert {"time_s", "iteration", "consumed_samples"} | CONTRACT[event["event"]] <= set(event)
     assert events[-1]["status"] == "finished"
-    assert events[-1]["consumed_samples"] <= 320 < events[-1]["consumed_samples"] + 128
+    assert events[-1]["consumed_samples"] <= 1280 < events[-1]["consumed_samples"] + 64
     decisions = [e for e in events if e["event"] == "decision"]
     assert decisions
     scored = [c for d in decisions for c in d["candidates"] if c["feasible"]]
     assert all({"plan", "throughput", "efficiency", "goodput", "feasible"} <= set(c) for c in scored)
     moved = [d for d in decisions if d["chosen"] != d["current"]]
     switches = [e for e in events if e["event"] == "switch"]
+    assert any("mbs8" in s["to"] for s in switches)
     assert [(d["current"], d["chosen"]) for d in moved] == [(s["from"], s["to"]) for s in switches]
     assert (tmp_path / "report.html").exists()
 
 
+# Rates that a factor of sqrt(2) and back does not give back to the last bit.
+RESUMED = ("--lr=1e-4", "--min-lr=1e-5", "--copus-policy=schedule", "--copus-schedule")
+PLANS = "0:dp4 24:dp4,gbs16 56:tp2,pp2,gbs16,mbs2 120:pp4,gbs8"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was not stopped."""
+    directory = tmp_path_factory.mktemp("whole")
+    finished(launch(RUN, f"--copus-dir={directory}", *RESUMED, PLANS))
+    return directory
+
+
 @pytest.mark.parametrize("stop_at", [5, 7], ids=["on a scheduled change", "between two"])
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, stop_at: int) -> None:
-    schedule = ("--copus-policy=schedule", "--copus-schedule", "0:dp4 40:tp2,pp2,gbs16,mbs2 120:pp4,gbs8")
-    whole, parts, saved = tmp_path / "whole", tmp_path / "parts", tmp_path / "checkpoints"
-    finished(launch(RUN, f"--copus-dir={whole}", *schedule))
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, whole: Path, stop_at: int) -> None:
+    parts, saved, schedule = tmp_path / "parts", tmp_path / "checkpoints", (*RESUMED, PLANS)
     keep = f"--save {saved} --load {saved} --save-interval 1000 --ckpt-format torch_dist "
     finished(launch(RUN + keep + f"--exit-interval {stop_at}", f"--copus-dir={parts}", *schedule))
     assert len(losses_of(parts)) == stop_at

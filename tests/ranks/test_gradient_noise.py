@@ -100,10 +100,13 @@ def test_n_and_s_are_those_of_single_sequence_gradients(flags: str) -> None:
         ("--overlap-grad-reduce", False),
         ("--calculate-per-token-loss", False),
         ("--clip-grad 0", False),
+        ("--bf16", True),
+        ("--fp16 --initial-loss-scale 1024 --loss-scale-window 1", False),  # the scale doubles behind every step
     ],
 )
 def test_reduction_and_normalisation_flags_do_not_change_n_and_s(flags: str, zero1: bool) -> None:
     gradients = run_ranks(1, per_sequence_gradients, "")[0]
     for layout in (LAYOUTS["dp4"], LAYOUTS["dp2"]):
         measured = run_ranks(4, measured_step, flags, replace(layout, distributed_optimizer=zero1), 1)[0]
-        assert measured == pytest.approx(expected_step(gradients, layout, 1), rel=1e-3)
+        tolerance = 5e-2 if "16" in flags else 1e-3
+        assert measured == pytest.approx(expected_step(gradients, layout, 1), rel=tolerance)

@@ -9,22 +9,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from copus_ext.adapters.carry import (
-    RngState,
-    carry_grad_scaler,
-    carry_scheduler,
-    optimizer_step,
-    set_optimizer_step,
-)
+from copus_ext.adapters.carry import carry_grad_scaler, optimizer_step, set_optimizer_step
 from copus_ext.adapters.checksum import Checksums, agree
 from copus_ext.adapters.exchange import exchange
 from copus_ext.adapters.job import Job
@@ -36,17 +27,9 @@ from copus_ext.adapters.job_state import (
     moment_names,
     uncovered,
 )
+from copus_ext.adapters.phases import Phases
 from copus_ext.core.plan import Layout
 from copus_ext.core.transfer import Holding, TransferPlan, plan_transfer
-
-__all__ = [
-    "PlanCache",
-    "ReshardReport",
-    "RngState",
-    "UnsupportedReshard",
-    "carry_scheduler",
-    "reshard",
-]
 
 CHUNK_BYTES = 256 * 2**20
 _Sides = tuple[list[Holding], list[Holding]]
@@ -75,19 +58,6 @@ class PlanCache:
     plans: dict[tuple[Layout, Layout, bool], tuple[_Sides, TransferPlan]] = field(default_factory=dict)
 
 
-class _Phases:
-    """Seconds by phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = dict.fromkeys(("plan", "move", "sync", "verify"), 0.0)
-
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
-
-
 @torch.no_grad()
 def reshard(old: Job, new: Job, *, plans: PlanCache | None = None, chunk_bytes: int = CHUNK_BYTES) -> ReshardReport:
     """Give ``new`` the weights, optimizer state, step count and loss scale of ``old``. Collective over all ranks.
@@ -105,7 +75,7 @@ def reshard(old: Job, new: Job, *, plans: PlanCache | None = None, chunk_bytes: 
         UnsupportedReshard: state that is not covered, on every rank and before anything is moved.
         TransferError: the two jobs do not hold the same logical tensors; likewise.
     """
-    phases = _Phases()
+    phases = Phases()
     with phases("plan"):
         _refuse_uncovered(old, new)
         _finish_parameter_gathers(old)

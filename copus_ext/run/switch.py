@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +15,11 @@ from megatron.core.num_microbatches_calculator import reconfigure_num_microbatch
 from megatron.training.global_vars import set_args
 
 from copus_ext.adapters.arguments import arguments_for, first_line
+from copus_ext.adapters.carry import RngState, carry_scheduler
 from copus_ext.adapters.job import Job, build_job
 from copus_ext.adapters.layouts import LayoutGroups
-from copus_ext.adapters.reshard import PlanCache, RngState, UnsupportedReshard, carry_scheduler, reshard
+from copus_ext.adapters.phases import Phases
+from copus_ext.adapters.reshard import PlanCache, UnsupportedReshard, reshard
 from copus_ext.core.plan import Plan
 from copus_ext.core.transfer import TransferError
 from copus_ext.run.progress import carry_progress
@@ -45,23 +46,6 @@ class SwitchFailed(RuntimeError):
     """The switch was given up. All ranks are back on the old plan, with nothing lost."""
 
 
-class _Phases:
-    """Seconds by phase: each call to :meth:`end` closes one."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.restart()
-
-    def restart(self) -> None:
-        """Count the time since the last phase to none."""
-        self._start = time.perf_counter()
-
-    def end(self, name: str) -> None:
-        """Count the time since the last phase to ``name``."""
-        self.seconds[name] = time.perf_counter() - self._start
-        self.restart()
-
-
 def switch(
     job: Job,
     plan: Plan,
@@ -86,29 +70,28 @@ def switch(
     Raises:
         SwitchFailed: a rank could not prepare, or the state did not arrive as it left; ``job`` is as it was.
     """
-    phases = _Phases()
+    phases = Phases()
     report = SwitchReport(job.plan, plan, phases.seconds)
-    args = _agreed(lambda _: arguments_for(raw, plan, **overrides), f"the arguments of {plan}")
-    carry_progress(job.args, args)
-    if plan.layout == job.plan.layout:
-        _change_batch(job, plan, args)
-        phases.end("prepare")
-        return job, report
-    rng = RngState.capture()
+    with phases("prepare"):
+        args = _agreed(lambda _: arguments_for(raw, plan, **overrides), f"the arguments of {plan}")
+        carry_progress(job.args, args)
+        if plan.layout == job.plan.layout:
+            _change_batch(job, plan, args)
+            return job, report
+        rng = RngState.capture()
     with _return_if_it_fails(job, layouts, rng):
-        new = _agreed(lambda vote: _prepare(plan, args, layouts, vote), f"the job of {plan}")
-        phases.end("prepare")
+        with phases("prepare"):
+            new = _agreed(lambda vote: _prepare(plan, args, layouts, vote), f"the job of {plan}")
         moved = reshard(job, new, plans=transfers)
         if not moved.exact:
             raise SwitchFailed(f"moving to {plan} changed {', '.join(moved.differing[:3])}")
     phases.seconds.update(moved.seconds)
-    phases.restart()
     report.bytes_moved, report.bytes_minimum, report.exact = moved.bytes_moved, moved.bytes_minimum, moved.exact
-    carry_scheduler(job, new)
-    rng.restore_for(new, args.iteration)
-    job.release()
-    gc.collect()
-    phases.end("release")
+    with phases("release"):
+        carry_scheduler(job, new)
+        rng.restore_for(new, args.iteration)
+        job.release()
+        gc.collect()
     return new, report
 
 

@@ -74,7 +74,8 @@ def _seeded(layouts: Any, raw: Any, plan: Plan) -> Any:
 
 
 def _walk(walk: Walk) -> dict[str, Any]:
-    from copus_ext.adapters.reshard import PlanCache, carry_scheduler, reshard
+    from copus_ext.adapters.carry import carry_scheduler
+    from copus_ext.adapters.reshard import PlanCache, reshard
     from tests.ranks.gathering import full_state, full_weights, same
     from tests.ranks.steps import build, train_steps
 

@@ -158,7 +158,7 @@ def _edges() -> dict[str, Any]:
     found["untouched"] = same(full_state(old), before)
     found["damage"] = _with_damage(module, old, new)
     found["refusals"] = _refusals(module, old, new)
-    found["random"] = _random_numbers(module, layouts, old, new)
+    found["random"] = _random_numbers(layouts, old, new)
     return found
 
 
@@ -202,9 +202,11 @@ def _refusals(module: Any, old: Any, new: Any) -> list[str]:
     return [*said, str(refusal.value)]
 
 
-def _random_numbers(module: Any, layouts: Any, old: Any, new: Any) -> dict[str, Any]:
+def _random_numbers(layouts: Any, old: Any, new: Any) -> dict[str, Any]:
     import torch
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+    from copus_ext.adapters.carry import RngState
 
     def draw() -> tuple[float, float]:
         with get_cuda_rng_tracker().fork():
@@ -212,7 +214,7 @@ def _random_numbers(module: Any, layouts: Any, old: Any, new: Any) -> dict[str, 
         return inside, float(torch.rand((), device="cuda"))
 
     layouts.activate(old.plan.layout, old.args)
-    state = module.RngState.capture()
+    state = RngState.capture()
     drawn: dict[str, tuple[float, ...]] = {"first": draw(), "next": draw()}
     state.restore()
     drawn["restored"] = draw()

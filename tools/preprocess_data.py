@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -29,21 +28,11 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from copus_ext.adapters.tokenizer import check_tokenizer_package, make_tokenizer
 from copus_ext.core.errors import UserError
 
 _JSON_SUFFIXES = (".json", ".jsonl")
 _BATCH = 16  # documents a worker takes at a time
-_PACKAGE_OF_TYPE = {
-    "BertWordPieceLowerCase": "transformers",
-    "BertWordPieceCase": "transformers",
-    "GPT2BPETokenizer": "transformers",
-    "HuggingFaceTokenizer": "transformers",
-    "SFTTokenizer": "transformers",
-    "SentencePieceTokenizer": "sentencepiece",
-    "GPTSentencePieceTokenizer": "sentencepiece",
-    "Llama2Tokenizer": "sentencepiece",
-    "TikTokenizer": "tiktoken",
-}
 
 
 @dataclass(frozen=True)
@@ -150,12 +139,7 @@ def _check(args: argparse.Namespace) -> None:
         path = getattr(args, name)
         if path and not os.path.isfile(path):
             raise UserError(f"--{name.replace('_', '-')}: {path} is not a file")
-    package = _PACKAGE_OF_TYPE.get(args.tokenizer_type)
-    if package and importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"--tokenizer-type {args.tokenizer_type} needs the package {package}; "
-            "pip install 'copus-megatron[tokenizers]'"
-        )
+    check_tokenizer_package(args)
     paths = find_inputs(args.input)
     if len(args.json_keys) > 1 and any(path.suffix not in _JSON_SUFFIXES for path in paths):
         raise UserError(f"--json-keys: plain text has no keys to choose from, name one, not {len(args.json_keys)}")
@@ -221,7 +205,8 @@ class Encoder:
     def __init__(self, args: argparse.Namespace) -> None:
         from megatron.core.datasets.indexed_dataset import DType
 
-        self._tokenizer = _build_tokenizer(args)
+        _apply_patch()
+        self._tokenizer = make_tokenizer(args)
         self._type: str = args.tokenizer_type
         self._keys: list[str] = args.json_keys
         self._ending = self._end_of_document() if args.append_eod else []
@@ -273,18 +258,6 @@ def _decode(content: bytes, record: Record) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"--input: {record} is not UTF-8 text (byte {error.start})") from error
-
-
-def _build_tokenizer(args: argparse.Namespace) -> Any:
-    """Upstream's tokenizer; what it says about wrong options becomes one line."""
-    _apply_patch()
-    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-
-    try:
-        return build_tokenizer(args)
-    except (AssertionError, ImportError, NameError, OSError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"--tokenizer-type {args.tokenizer_type}: {reason}") from error
 
 
 @lru_cache(maxsize=1)

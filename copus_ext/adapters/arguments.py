@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import copy
 import io
+import traceback
 from typing import Any
 
 from megatron.core.transformer.enums import AttnBackend
@@ -51,7 +52,7 @@ def plan_of(raw: argparse.Namespace) -> Plan:
     """
     from megatron.training.arguments import validate_args
 
-    _check_batch(raw)
+    _check_flags(raw)
     args = copy.deepcopy(raw)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -61,12 +62,16 @@ def plan_of(raw: argparse.Namespace) -> Plan:
         raise UserError(f"the flags do not go together: {first_line(error)}") from error
 
 
-def _check_batch(raw: argparse.Namespace) -> None:
-    """What upstream finds out later, and then says of other flags."""
+def _check_flags(raw: argparse.Namespace) -> None:
+    """What upstream finds out later, and then says nothing of, or says of other flags."""
     if raw.micro_batch_size is None:
         raise UserError("--micro-batch-size is missing; say how many sequences a rank takes at a time")
     model_ranks = raw.tensor_model_parallel_size * raw.pipeline_model_parallel_size * raw.context_parallel_size
     per_step = raw.micro_batch_size * max(1, raw.world_size // model_ranks)
+    if raw.save and not raw.save_interval:
+        raise UserError(f"--save {raw.save} needs --save-interval; say after how many steps to save")
+    if raw.train_samples and raw.train_samples < (raw.global_batch_size or per_step):
+        raise UserError(f"--train-samples {raw.train_samples} is less than one global batch; train on more")
     if raw.global_batch_size and raw.global_batch_size % per_step:
         raise UserError(
             f"--global-batch-size {raw.global_batch_size} is not divisible by --micro-batch-size "
@@ -76,8 +81,12 @@ def _check_batch(raw: argparse.Namespace) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [f"{type(error).__name__} without a message"])[0]
+    """What an error says, in one line; for one that says nothing, the line of source that failed."""
+    said = str(error).strip().splitlines()
+    if said:
+        return said[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__}: {frames[-1].line}" if frames else type(error).__name__
 
 
 def _plan_of_validated(args: argparse.Namespace, sequence_parallel: bool) -> Plan:

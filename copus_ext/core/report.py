@@ -205,11 +205,9 @@ def _decision_table(events: Sequence[Event], colors: dict[str, str]) -> str:
     for changed, group in groupby(decisions, key=is_change):
         run = list(group)
         for decision in run if changed else run[-1:]:
-            at = (
-                f"{run[0]['iteration']:,}"
-                if changed or len(run) == 1
-                else f"{run[0]['iteration']:,}-{run[-1]['iteration']:,}"
-            )
+            at = f"{decision['iteration']:,}"
+            if not changed and len(run) > 1:
+                at = f"{run[0]['iteration']:,}-{at}"
             chosen = _plan(plan_name(decision.get("chosen")), colors) if changed else f"stay, {len(run)} x"
             why = escape(str(decision.get("reason") or "")) + _candidates(decision)
             gains = [_percent(decision.get(name)) for name in ("gain", "gain_low", "gain_needed")]

@@ -21,7 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group = parser.add_argument_group("copus", "batch size, micro-batch and parallel layout chosen while training")
     group.add_argument("--no-copus", action="store_true", help="plain Megatron pre-training; nothing of COPUS runs")
     group.add_argument(
-        "--copus-policy", default="copus", metavar="NAME", help=f"who chooses the plan: {', '.join(POLICIES)}"
+        "--copus-policy",
+        default="copus",
+        metavar="NAME",
+        help=f"who chooses the plan: {', '.join(POLICIES)}",
     )
     group.add_argument(
         "--copus-schedule",
@@ -38,13 +41,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--copus-dir", default="copus-run", metavar="DIR", help="where all outputs of the run go")
     group.add_argument("--copus-interval", type=int, default=20, metavar="STEPS", help="steps between decisions")
     group.add_argument(
-        "--copus-dwell-steps", type=int, default=10, metavar="STEPS", help="steps a plan is kept at least"
+        "--copus-dwell-steps",
+        type=int,
+        default=10,
+        metavar="STEPS",
+        help="steps a plan is kept at least",
     )
     group.add_argument(
-        "--copus-max-growth", type=float, default=2.0, metavar="X", help="most the batch may change in one decision"
+        "--copus-max-growth",
+        type=float,
+        default=2.0,
+        metavar="X",
+        help="most the batch may change in one decision",
     )
     group.add_argument(
-        "--copus-lr-rule", default="sqrt", metavar="RULE", help=f"learning rate by batch size: {', '.join(LR_RULES)}"
+        "--copus-lr-rule",
+        default="sqrt",
+        metavar="RULE",
+        help=f"learning rate by batch size: {', '.join(LR_RULES)}",
     )
     group.add_argument(
         "--copus-noise-half-life-tokens",
@@ -53,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="the noise scale forgets half of a step after so many tokens (default: 1/20 of the run's, and at least "
         f"{_HALF_LIFE_STEPS} steps of the first plan)",
     )
+    for action in group._group_actions:
+        if action.default not in (None, False, ""):
+            action.help = f"{action.help} (default: {action.default})"
     return parser
 
 

@@ -8,7 +8,10 @@ from megatron.training import get_args
 from megatron.training.training import build_train_valid_test_data_iterators
 from megatron.training.utils import print_rank_0
 
+from copus_ext.core.errors import UserError
 from copus_ext.run import gpt
+
+_SAMPLES_LOOKED_AT = 4
 
 
 class Data:
@@ -45,8 +48,20 @@ class Data:
                 evaluations = train // self._smallest_batch // args.eval_interval + 2
                 valid = evaluations * args.eval_iters * args.eval_global_batch_size
             self._datasets = gpt.build_datasets([train, valid, test], on_every_rank=True)
+            _check_tokens(self._datasets[0])
             print_rank_0("> datasets are kept for the whole run")
         return self._datasets
 
     # Upstream reads this attribute of the provider: the provider itself sees to which ranks build.
     _provide.is_distributed = True  # type: ignore[attr-defined]
+
+
+def _check_tokens(dataset: Any) -> None:
+    """Data of another tokenizer usually shows in its first samples; found out in training, it is an index error."""
+    args = get_args()
+    largest = max(int(dataset[number]["tokens"].max()) for number in range(min(_SAMPLES_LOOKED_AT, len(dataset))))
+    if largest >= args.padded_vocab_size:
+        raise UserError(
+            f"the training data has token {largest}, and --tokenizer-type {args.tokenizer_type} has only "
+            f"{args.padded_vocab_size}; use the tokenizer that the data was made with"
+        )

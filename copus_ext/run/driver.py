@@ -9,7 +9,6 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_timers, training
 from megatron.training.global_vars import set_global_variables
 
@@ -17,6 +16,7 @@ from copus_ext.adapters.arguments import arguments_for, first_line, model_shape
 from copus_ext.adapters.job import build_job
 from copus_ext.adapters.layouts import LayoutGroups
 from copus_ext.adapters.reshard import PlanCache
+from copus_ext.adapters.tokenizer import make_tokenizer
 from copus_ext.core.candidates import infeasible_reason
 from copus_ext.core.errors import UserError
 from copus_ext.core.events import read_events
@@ -84,7 +84,7 @@ class Driver:
         if self.raw.padded_vocab_size is not None:
             return int(self.raw.padded_vocab_size)
         probe = argparse.Namespace(**{**vars(self.raw), "pad_vocab_size": False})
-        size = build_tokenizer(probe).vocab_size
+        size = make_tokenizer(probe).vocab_size
         multiple = self.raw.make_vocab_size_divisible_by * math.lcm(*self._tensor_parallel_sizes())
         return math.ceil(size / multiple) * multiple
 
@@ -255,7 +255,7 @@ class Driver:
     def _report(self) -> None:
         if self.telemetry.leads:
             print(format_summary(summarise(read_events(self.telemetry.path), self.telemetry.path)), flush=True)
-            write_report(self.config.directory)
+            print(f"  report      {write_report(self.config.directory)}", flush=True)
 
 
 def _check_ranks(plan: Plan, raw: argparse.Namespace) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import socket
 import sys
 import time
 import warnings
+from typing import NoReturn
 
 from copus_ext.core.errors import UserError
 
@@ -74,15 +76,22 @@ def _parse() -> argparse.Namespace:
 
     from copus_ext.run.config import add_arguments
 
-    raw = parse_args(lambda parser: _with_readable_help(add_arguments(parser)))
+    raw = parse_args(lambda parser: _made_readable(add_arguments(parser)))
     _set_cpu_flags(raw)
     _gather_outputs(raw)
     _check_data(raw)
     return raw
 
 
-def _with_readable_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Upstream has help texts with a bare per cent sign, over which ``--help`` fails."""
+def _made_readable(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Let ``--help`` work, which upstream breaks by a bare per cent sign, and tell a wrong flag in one line of 750."""
+
+    def refuse(message: str) -> NoReturn:
+        word = message.rpartition(": ")[2].split("=")[0].split(" ")[0]
+        like = difflib.get_close_matches(word, parser._option_string_actions, n=1)
+        raise UserError(message + (f"; did you mean {like[0]}?" if like and like[0] != word else ""))
+
+    parser.error = refuse  # type: ignore[method-assign]
     for action in parser._actions:
         try:
             _ = (action.help or "") % vars(action)
@@ -144,6 +153,7 @@ def _run(raw: argparse.Namespace) -> int:
 
     check_supported(raw)
     if raw.no_copus:
+        plan_of(raw)
         return _run_plain(raw)
     check_flags(raw)
     config = config_from_args(raw, plan_of(raw))

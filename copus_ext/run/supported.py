@@ -45,6 +45,8 @@ def check_supported(raw: argparse.Namespace) -> None:
     for name, flag in _NOT_SERVED.items():
         if getattr(raw, name, None):
             raise UserError(f"{flag} is not served by this program; use Megatron-LM's own entry point for it")
+    if raw.num_experts and raw.add_bias_linear and raw.transformer_impl == "local":
+        raise UserError("--num-experts with biases fails in Megatron's local layers; add --disable-bias-linear")
     if raw.no_copus:
         return
     for name, flag in _NOT_WITH_COPUS.items():

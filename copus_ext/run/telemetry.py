@@ -17,6 +17,7 @@ from copus_ext.core.decision import Decision
 from copus_ext.core.events import EventLog, EventSink, NullEventLog
 from copus_ext.core.noise_scale import NoiseEstimate
 from copus_ext.core.plan import Plan
+from copus_ext.core.summary import format_bytes
 from copus_ext.run.switch import SwitchReport
 from megatron.patches.training_hooks import StepResult
 
@@ -101,7 +102,7 @@ class Telemetry:
         phases = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in report.seconds.items())
         moved = ""
         if "move" in report.seconds:
-            moved = f"; {report.bytes_moved / 2**20:.1f} MiB moved" if report.bytes_moved else "; nothing had to move"
+            moved = f"; {format_bytes(report.bytes_moved)} moved" if report.bytes_moved else "; nothing had to move"
             moved += ", checksums agree"
         self.say(f"switched to {report.new} in {report.total_s:.2f} s ({phases}){moved}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
+import warnings
 
 from copus_ext.core.errors import UserError
 from megatron.patches import all_patches
@@ -33,6 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron.patches", description=__doc__)
     parser.add_argument("--record", action="store_true", help="record fingerprints of what is installed now")
     arguments = parser.parse_args()
+    warnings.simplefilter("ignore")  # upstream's, of GPU libraries that are not there
     try:
         check_installation()
     except UserError as error:

@@ -175,11 +175,11 @@ def _explain(outlook: _Outlook, best: int, switch: bool) -> str:
                 f"{needed} repays a {cost} switch in the {left} left"
             )
         elif math.isinf(outlook.needed[best]):
-            reason = f"stay: best gain {gain} (lower quartile {low}), but a {cost} switch takes all of the {left} left"
+            reason = f"stay: a {cost} switch to {outlook.plans[best]} takes all of the {left} left"
         else:
             reason = (
-                f"stay: best gain {gain} (lower quartile {low}) needs {needed} "
-                f"to repay a {cost} switch in the {left} left"
+                f"stay: {outlook.plans[best]} would gain {gain} (lower quartile {low}), "
+                f"and needs {needed} to repay a {cost} switch in the {left} left"
             )
     return reason + _caveat(outlook)
 

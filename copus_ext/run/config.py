@@ -112,7 +112,6 @@ def check_flags(args: argparse.Namespace) -> None:
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; give at least {least}")
     learning_rate_factor(args.copus_lr_rule, 1, 1)
-    parse_space(args.copus_space)
     _check_length(args)
 
 

@@ -6,9 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from copus_ext.core.events import read_events
-from copus_ext.core.report import write_report
-from copus_ext.core.summary import format_summary, summarise
+from copus_ext.core.report import report_run
 
 
 def main() -> int:
@@ -20,8 +18,7 @@ def main() -> int:
     if not log.exists():
         print(f"report.py: there is no {log}; give the --copus-dir of a run", file=sys.stderr)
         return 2
-    print(format_summary(summarise(read_events(log), log)))
-    print(f"  report      {write_report(directory)}")
+    print(report_run(directory))
     return 0
 
 

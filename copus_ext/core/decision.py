@@ -48,7 +48,7 @@ class CandidateScore:
     def to_json(self) -> dict[str, Any]:
         """Plain values for the event log."""
         return {
-            "plan": self.plan.to_json(),
+            "plan": str(self.plan),
             "throughput": self.throughput,
             "efficiency": self.efficiency,
             "goodput": self.goodput,
@@ -81,8 +81,8 @@ class Decision:
         names = ("gain", "gain_low", "gain_needed", "switch_cost_s", "horizon_s")
         numbers = {name: getattr(self, name) for name in names}
         return {
-            "chosen": self.chosen.to_json(),
-            "current": self.current.to_json(),
+            "chosen": str(self.chosen),
+            "current": str(self.current),
             "reason": self.reason,
             "candidates": [candidate.to_json() for candidate in self.candidates],
             **{name: value if math.isfinite(value) else None for name, value in numbers.items()},

@@ -20,6 +20,7 @@ from copus_ext.core.summary import (
     format_bytes,
     format_overview,
     format_phases,
+    format_summary,
     is_change,
     plan_name,
     summarise,
@@ -67,6 +68,16 @@ def write_report(run_dir: str | Path) -> Path:
     path = Path(run_dir) / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def report_run(run_dir: str | Path) -> str:
+    """Write ``report.html`` and give the summary to print, which says where everything lies.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`write_report`.
+    """
+    source = Path(run_dir) / "events.jsonl"
+    return f"{format_summary(summarise(read_events(source), source))}\n  report      {write_report(run_dir)}"
 
 
 def render_report(events: Sequence[Event], source: str | Path | None = None) -> str:

@@ -19,15 +19,13 @@ from copus_ext.adapters.reshard import PlanCache
 from copus_ext.adapters.tokenizer import make_tokenizer
 from copus_ext.core.candidates import infeasible_reason
 from copus_ext.core.errors import UserError
-from copus_ext.core.events import read_events
 from copus_ext.core.grouping import why_avoided
 from copus_ext.core.hardware import Hardware
 from copus_ext.core.learning_rate import learning_rate_factor
 from copus_ext.core.noise_scale import NoiseScaleEstimator
 from copus_ext.core.plan import Plan
-from copus_ext.core.report import write_report
+from copus_ext.core.report import report_run
 from copus_ext.core.space import too_large
-from copus_ext.core.summary import format_summary, summarise
 from copus_ext.core.switch_cost import first_switch_cost
 from copus_ext.core.throughput import ThroughputModel
 from copus_ext.run import gpt
@@ -73,7 +71,7 @@ class Driver:
         possible = (*self.knowledge.candidates, *config.named_plans, config.base)
         self.data = Data(min(plan.global_batch for plan in possible))
         leads = args.rank == args.world_size - 1
-        self.telemetry = Telemetry(config.directory, leads, args.iteration if args.iteration else None)
+        self.telemetry = Telemetry(config.directory, leads, args.iteration or None)
         if tight := too_large(plan, model_shape(args), self.knowledge.throughput.hardware.memory_bytes):
             self.telemetry.say(f"the first plan, {plan}, {tight}: it may run out of memory")
 
@@ -92,7 +90,7 @@ class Driver:
         """Every plan that is scheduled must be one that the model and upstream allow, now and not when it is due."""
         for plan in self.config.named_plans:
             if refusal := self._refusal_of(plan):
-                flag = "--copus-schedule" if self.config.policy_name == "schedule" else "the flags"
+                flag = "--copus-schedule" if self.config.schedule else "the flags"
                 raise UserError(f"{flag}: plan {plan} cannot be: {refusal}")
 
     def _tensor_parallel_sizes(self) -> list[int]:
@@ -254,8 +252,7 @@ class Driver:
 
     def _report(self) -> None:
         if self.telemetry.leads:
-            print(format_summary(summarise(read_events(self.telemetry.path), self.telemetry.path)), flush=True)
-            print(f"  report      {write_report(self.config.directory)}", flush=True)
+            print(report_run(self.config.directory), flush=True)
 
 
 def _check_ranks(plan: Plan, raw: argparse.Namespace) -> None:

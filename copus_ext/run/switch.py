@@ -101,9 +101,7 @@ def _return_if_it_fails(job: Job, layouts: LayoutGroups, rng: RngState) -> Itera
     try:
         yield
     except (SwitchFailed, UnsupportedReshard, TransferError) as error:
-        layouts.activate(job.plan.layout, job.args)
-        set_args(job.args)
-        set_micro_batches(job.args)
+        put_in_charge(job, layouts)
         rng.restore()
         gc.collect()
         raise SwitchFailed(str(error)) from error
@@ -146,6 +144,13 @@ def _rate_under(new: argparse.Namespace, old: argparse.Namespace, rate: float, *
         if rate == getattr(old, name):
             return float(getattr(new, name))
     return rate * new.lr / old.lr if old.lr else rate
+
+
+def put_in_charge(job: Job, layouts: LayoutGroups) -> None:
+    """Make ``job`` the one that upstream's globals speak of: groups, arguments, micro-batches."""
+    layouts.activate(job.plan.layout, job.args)
+    set_args(job.args)
+    set_micro_batches(job.args)
 
 
 def set_micro_batches(args: argparse.Namespace) -> None:

@@ -76,11 +76,7 @@ class Telemetry:
 
     def decision(self, decision: Decision, noise: NoiseEstimate | None) -> None:
         """The policy decided, knowing ``noise`` of the noise scale."""
-        record = decision.to_json()
-        record |= {"chosen": str(decision.chosen), "current": str(decision.current)}
-        for seen, score in zip(record["candidates"], decision.candidates, strict=True):
-            seen["plan"] = str(score.plan)
-        self.event("decision", **record)
+        self.event("decision", **decision.to_json())
         args = get_args()
         loss = "" if self._last_loss is None else f"loss {self._last_loss:.4f} | "
         scale = "unknown" if noise is None else f"{noise.value:.3g} [{noise.low:.3g}, {noise.high:.3g}]"

@@ -23,13 +23,10 @@ def build(layouts: Any, raw: Any, plan: Plan, *, initialise_weights: bool = True
 def train_steps(job: Any, layouts: Any, count: int, first_sample: int = 0) -> list[float]:
     """``count`` steps of ``job`` on samples that do not depend on the layout; each step's loss, on every rank."""
     import torch
-    from megatron.training.global_vars import set_args
 
-    from copus_ext.run.switch import set_micro_batches
+    from copus_ext.run.switch import put_in_charge
 
-    layouts.activate(job.plan.layout, job.args)
-    set_args(job.args)
-    set_micro_batches(job.args)
+    put_in_charge(job, layouts)
     losses = []
     for number in range(count):
         step = one_step(job, first_sample + number * job.plan.global_batch)

@@ -27,7 +27,7 @@ def optimizer_step(job: Job) -> int:
     torch keeps the count with each parameter, fused optimizers keep it in the parameter group, SGD keeps none (0).
     """
     counts = [_NEVER_STEPPED]
-    for wrapper in inner_optimizers(job):
+    for wrapper in inner_optimizers(job.optimizer):
         inner = wrapper.optimizer
         counts += [int(state.get("step", 0)) for state in inner.state.values() if state]
         counts += [int(group["step"]) for group in inner.param_groups if "step" in group]
@@ -36,7 +36,7 @@ def optimizer_step(job: Job) -> int:
 
 def set_optimizer_step(job: Job, step: int) -> None:
     """Set the count of steps where the job's optimizer keeps one."""
-    for wrapper in inner_optimizers(job):
+    for wrapper in inner_optimizers(job.optimizer):
         inner = wrapper.optimizer
         for group in inner.param_groups:
             if isinstance(inner, torch.optim.Adam):  # and AdamW
@@ -50,8 +50,8 @@ def set_optimizer_step(job: Job, step: int) -> None:
 
 def carry_grad_scaler(old: Job, new: Job) -> None:
     """The loss scale and its counters, where there is a loss scale (fp16)."""
-    scalers = [s for o in inner_optimizers(old) if (s := getattr(o, "grad_scaler", None))]
-    for wrapper in inner_optimizers(new):
+    scalers = [s for o in inner_optimizers(old.optimizer) if (s := getattr(o, "grad_scaler", None))]
+    for wrapper in inner_optimizers(new.optimizer):
         if scalers and getattr(wrapper, "grad_scaler", None):
             wrapper.grad_scaler.load_state_dict(copy.deepcopy(scalers[0].state_dict()))
 

@@ -73,8 +73,8 @@ class LocalBox(NamedTuple):
     start: tuple[int, ...]
 
 
-class _Shard(NamedTuple):
-    """What the optimizer on this rank keeps for flat range ``[first, ...)`` of a parameter."""
+class Shard(NamedTuple):
+    """What the optimizer on this rank keeps for flat range ``[first, ...)`` of a parameter: its main parameter."""
 
     optimizer: torch.optim.Optimizer
     main: torch.Tensor
@@ -98,10 +98,10 @@ def moment_names(args: argparse.Namespace) -> tuple[str, ...]:
     return _MOMENTS[args.optimizer]
 
 
-def inner_optimizers(job: Job) -> list[Any]:
+def inner_optimizers(optimizer: Any) -> list[Any]:
     """Upstream's optimizers of this rank that have parameters: one, or one each for dense and expert parameters."""
-    every = getattr(job.optimizer, "chained_optimizers", [job.optimizer])
-    return [optimizer for optimizer in every if not getattr(optimizer, "is_stub_optimizer", False)]
+    every = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [one for one in every if not getattr(one, "is_stub_optimizer", False)]
 
 
 def job_state(job: Job, *, with_moments: bool) -> JobState:
@@ -114,7 +114,7 @@ def job_state(job: Job, *, with_moments: bool) -> JobState:
     Raises:
         UnsupportedReshard: a tensor that cannot be placed in logical coordinates.
     """
-    state, shards = JobState(), _optimizer_shards(job)
+    state, shards = JobState(), optimizer_shards(job.optimizer)
     names = moment_names(job.args) if with_moments else ()
     seen: set[int] = set()
     for entry in _entries(job):
@@ -176,29 +176,29 @@ def _local_box(entry: ShardedTensor, start: tuple[int, ...]) -> LocalBox:
     return LocalBox(f"{entry.key}{place}", Box(tuple(entry.global_offset[prepended:]), tuple(entry.data.shape)), start)
 
 
-def _optimizer_shards(job: Job) -> dict[int, _Shard]:
-    """What this rank's optimizers keep, by ``id`` of the model's parameter."""
-    return {id(parameter): shard for o in inner_optimizers(job) for parameter, shard in _shards_of(o)}
+def optimizer_shards(optimizer: Any) -> dict[int, Shard]:
+    """What this rank's part of ``optimizer`` keeps, by ``id`` of the model's parameter."""
+    return {id(parameter): shard for one in inner_optimizers(optimizer) for parameter, shard in _shards_of(one)}
 
 
-def _shards_of(wrapper: Any) -> Iterator[tuple[torch.Tensor, _Shard]]:
+def _shards_of(wrapper: Any) -> Iterator[tuple[torch.Tensor, Shard]]:
     inner = wrapper.optimizer
     if isinstance(wrapper, DistributedOptimizer):
         for parameter in wrapper.model_param_gbuf_map:
             group, place = wrapper.model_param_group_index_map[parameter]
             main = inner.param_groups[group]["params"][place]
-            yield parameter, _Shard(inner, main, wrapper._get_model_param_range_map(parameter)["param"].start)
+            yield parameter, Shard(inner, main, wrapper._get_model_param_range_map(parameter)["param"].start)
     elif isinstance(wrapper, Float16OptimizerWithFloat16Params):
         for half, full in zip(wrapper.float16_groups, wrapper.fp32_from_float16_groups, strict=True):
-            yield from ((p, _Shard(inner, main, 0)) for p, main in zip(half, full, strict=True))
-        yield from ((p, _Shard(inner, p, 0)) for group in wrapper.fp32_from_fp32_groups for p in group)
+            yield from ((p, Shard(inner, main, 0)) for p, main in zip(half, full, strict=True))
+        yield from ((p, Shard(inner, p, 0)) for group in wrapper.fp32_from_fp32_groups for p in group)
     elif isinstance(wrapper, FP32Optimizer):
-        yield from ((p, _Shard(inner, p, 0)) for group in inner.param_groups for p in group["params"])
+        yield from ((p, Shard(inner, p, 0)) for group in inner.param_groups for p in group["params"])
     else:
         raise UnsupportedReshard(f"the state of a {type(wrapper).__name__} cannot be moved between layouts yet")
 
 
-def _weight(tensor: torch.Tensor, shard: _Shard | None) -> Piece | None:
+def _weight(tensor: torch.Tensor, shard: Shard | None) -> Piece | None:
     """Of a parameter or buffer, what has to be moved; None where the main parameter is on other ranks altogether."""
     if shard is not None and shard.main.dtype != tensor.dtype:
         return Piece(tuple(tensor.shape), shard.first, (_flat(shard.main),))
@@ -208,7 +208,7 @@ def _weight(tensor: torch.Tensor, shard: _Shard | None) -> Piece | None:
     return Piece(tuple(tensor.shape), 0, (_flat(tensor),))
 
 
-def _moments(shard: _Shard, names: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
+def _moments(shard: Shard, names: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
     """The optimizer's tensors, made (not filled) where they are not there."""
     kept = shard.optimizer.state[shard.main]
     for name in names:

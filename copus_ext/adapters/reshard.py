@@ -149,7 +149,7 @@ def _derive_weights(job: Job) -> None:
     """Half-precision weights from main parameters, and from the other ranks' where the optimizer is distributed."""
     if not (job.args.bf16 or job.args.fp16):
         return
-    for wrapper in inner_optimizers(job):
+    for wrapper in inner_optimizers(job.optimizer):
         wrapper._copy_main_params_to_model_params()
     if job.args.use_distributed_optimizer:
         for chunk in job.model:

@@ -22,7 +22,18 @@ import numpy as np
 
 Event = dict[str, Any]
 
-EVENTS = ("run_start", "step", "noise_scale", "decision", "switch", "checkpoint", "eval", "fault", "run_end")
+EVENTS = (
+    "run_start",
+    "step",
+    "noise_scale",
+    "decision",
+    "switch",
+    "switch_check",
+    "checkpoint",
+    "eval",
+    "fault",
+    "run_end",
+)
 
 
 class EventSink(Protocol):

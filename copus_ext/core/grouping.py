@@ -1,41 +1,100 @@
-"""Into how many independent groups a step's sequences fall, for measuring the noise scale."""
+"""Into how many independent groups a step's sequences fall, and who reads their gradients."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from copus_ext.core.plan import Plan
 
 MIN_GROUPS = 4  # fewer make N and S of a step much noisier (design: 4 groups need 1.2x the steps of 16)
 
+DP_GROUPS, SLICES, SKETCH, LAYERNORM, ADAM = "dp-groups", "slices", "sketch", "layernorm", "adam"
+AUTO = "auto"
+ESTIMATORS = (AUTO, DP_GROUPS, SLICES, SKETCH, LAYERNORM, ADAM)
 
-def slices_per_rank(plan: Plan) -> int:
-    """Equal slices to cut each rank's accumulation window into: the fewest that give ``MIN_GROUPS`` groups.
 
-    Where the window has no divisor that large, as many slices as it has micro-batches.
+class StepShape(NamedTuple):
+    """What of a plan and its model decides how a step's gradients can be told apart.
+
+    ``edp`` ranks share an expert's gradient; ``tied``: embeddings lie on two pipeline stages.
     """
-    micro_batches = plan.num_microbatches
-    divisors = [d for d in range(1, micro_batches + 1) if micro_batches % d == 0]
-    return next((d for d in divisors if d * plan.layout.dp >= MIN_GROUPS), micro_batches)
+
+    dp: int
+    edp: int
+    cp: int
+    ep: int
+    micro_batch: int
+    num_microbatches: int
+    tied: bool = False
+
+    @staticmethod
+    def of(plan: Plan) -> StepShape:
+        """The shape of a step under ``plan``, experts being cut as the dense layers are."""
+        layout = plan.layout
+        edp = max(1, layout.dp * layout.cp // layout.ep)
+        return StepShape(layout.dp, edp, layout.cp, layout.ep, plan.micro_batch, plan.num_microbatches)
 
 
-def why_unmeasurable(plan: Plan) -> str | None:
-    """Why the noise scale can't be measured under this plan, or ``None`` where it can."""
-    if plan.layout.cp > 1:
-        return "the noise scale can't be measured: context-parallel ranks hold parts of one group's gradient"
-    if plan.layout.ep > 1:
-        return "the noise scale can't be measured: experts spread over data-parallel ranks mix the groups"
-    if plan.layout.dp * plan.num_microbatches < 2:
-        return "the noise scale can't be measured: one micro-batch a step makes one group, and two are needed"
+class Grouping(NamedTuple):
+    """``slices`` of each rank's accumulation window, and how many groups that makes in all."""
+
+    estimator: str
+    slices: int
+    dense_groups: int
+    expert_groups: int  # those of the dense layers where there are no separate experts
+
+
+def grouping_of(shape: StepShape, estimator: str = AUTO, min_groups: int = MIN_GROUPS) -> Grouping:
+    """How a step is measured: the fewest equal slices that make ``min_groups`` groups, of experts too.
+
+    Where the window has no divisor that large, as many slices as it has micro-batches. ``auto`` takes exact square
+    norms where that needs neither slices nor sums over ranks of whole gradients, and sketches elsewhere.
+    """
+    if estimator == AUTO:
+        exact = shape.dp >= MIN_GROUPS and shape.cp == shape.ep == 1 and not shape.tied
+        estimator = DP_GROUPS if exact else SKETCH
+    if estimator == LAYERNORM:
+        batch = shape.dp * shape.micro_batch * shape.num_microbatches
+        return Grouping(estimator, 1, batch, batch)
+    independent = shape.dp if shape.ep == 1 else shape.edp
+    slices = 1 if estimator == DP_GROUPS else _fewest_slices(shape.num_microbatches, independent, min_groups)
+    return Grouping(estimator, slices, shape.dp * slices, independent * slices)
+
+
+def _fewest_slices(micro_batches: int, independent: int, min_groups: int) -> int:
+    divisors = (d for d in range(1, micro_batches + 1) if micro_batches % d == 0)
+    return next((d for d in divisors if d * independent >= min_groups), micro_batches)
+
+
+def why_unmeasurable(shape: StepShape, estimator: str = AUTO) -> str | None:
+    """Why the noise scale can't be measured in such steps, or ``None`` where it can."""
+    grouping = grouping_of(shape, estimator)
+    if shape.cp > 1 and grouping.estimator in (DP_GROUPS, SLICES):
+        return _because(f"context-parallel ranks hold parts of a group's gradient, which {estimator} can't add up")
+    if shape.cp > 1 and shape.ep > 1:
+        return _because("context-parallel ranks of one group feed several experts' groups")
+    if grouping.dense_groups < 2:
+        if grouping.estimator == DP_GROUPS and shape.num_microbatches > 1:
+            return _because("dp-groups needs two data-parallel ranks; slices and sketch do with one")
+        return _because("one micro-batch a step makes one group, and two are needed")
+    if grouping.expert_groups < 2:
+        return _because("every expert sees one group a step, and two are needed; give more micro-batches")
     return None
 
 
-def why_avoided(plan: Plan, base: Plan) -> str | None:
+def _because(reason: str) -> str:
+    return f"the noise scale can't be measured: {reason}"
+
+
+def why_avoided(plan: Plan, base: Plan, estimator: str = AUTO) -> str | None:
     """Why an adaptive run keeps away from a plan that could run: there it would learn too little about the noise.
 
     A run whose own flags rule out measuring has nothing to lose: then every plan is allowed.
     """
-    if why_unmeasurable(base) is not None:
+    if why_unmeasurable(StepShape.of(base), estimator) is not None:
         return None
-    groups = plan.layout.dp * plan.num_microbatches
-    if groups < min(MIN_GROUPS, plan.global_batch):
-        return f"{groups} micro-batches a step are too few groups to measure the noise scale well"
-    return why_unmeasurable(plan)
+    shape = StepShape.of(plan)
+    if grouping_of(shape, estimator).dense_groups < min(MIN_GROUPS, plan.global_batch):
+        micro_batches = plan.layout.dp * plan.num_microbatches
+        return f"{micro_batches} micro-batches a step are too few groups to measure the noise scale well"
+    return why_unmeasurable(shape, estimator)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from copus_ext.core.errors import UserError
+from copus_ext.core.grouping import ADAM, AUTO, ESTIMATORS, LAYERNORM
 from copus_ext.core.learning_rate import LR_RULES, learning_rate_factor
 from copus_ext.core.plan import Plan
 from copus_ext.core.policy import POLICIES, Policy, make_policy
@@ -61,6 +62,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help=f"learning rate by batch size: {', '.join(LR_RULES)}",
     )
     group.add_argument(
+        "--copus-gns-estimator",
+        default=AUTO,
+        metavar="NAME",
+        help=f"who reads the gradients for the noise scale: {', '.join(ESTIMATORS)}",
+    )
+    group.add_argument(
+        "--log-gradient-noise-scale",
+        action="store_true",
+        help="with --no-copus: measure and log the gradient noise scale of a plain run, too",
+    )
+    group.add_argument(
         "--copus-noise-half-life-tokens",
         type=float,
         metavar="TOKENS",
@@ -85,6 +97,7 @@ class CopusConfig:
     directory: Path
     interval: int
     lr_rule: str
+    noise_estimator: str
     noise_half_life_tokens: float
 
     @property
@@ -112,6 +125,7 @@ def check_flags(args: argparse.Namespace) -> None:
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; give at least {least}")
     learning_rate_factor(args.copus_lr_rule, 1, 1)
+    check_estimator(args)
     _check_length(args)
 
 
@@ -127,11 +141,6 @@ def config_from_args(args: argparse.Namespace, base: Plan) -> CopusConfig:
     """
     schedule = parse_schedule(args.copus_schedule, base) if args.copus_schedule is not None else None
     policy = make_policy(args.copus_policy, schedule, args.copus_dwell_steps, args.copus_max_growth)
-    # Long enough for an interval of about 20 % (some 50 steps), short enough to follow a noise scale that grows.
-    shortest = _HALF_LIFE_STEPS * base.global_batch
-    half_life = args.copus_noise_half_life_tokens or args.seq_length * max(shortest, args.train_samples / 20)
-    if half_life <= 0:
-        raise UserError(f"--copus-noise-half-life-tokens {half_life:g} must be positive")
     return CopusConfig(
         policy_name=args.copus_policy,
         policy=policy,
@@ -141,8 +150,42 @@ def config_from_args(args: argparse.Namespace, base: Plan) -> CopusConfig:
         directory=Path(args.copus_dir),
         interval=args.copus_interval,
         lr_rule=args.copus_lr_rule,
-        noise_half_life_tokens=half_life,
+        noise_estimator=args.copus_gns_estimator,
+        noise_half_life_tokens=half_life_tokens(args, base.global_batch),
     )
+
+
+def half_life_tokens(args: argparse.Namespace, global_batch: int) -> float:
+    """Of the noise scale: what the flag says, or 1/20 of the run and at least 40 steps.
+
+    Long enough for an interval of about 20 % (some 50 steps), short enough to follow a noise scale that grows.
+    """
+    samples = args.train_samples or (args.train_iters or 0) * global_batch
+    shortest = _HALF_LIFE_STEPS * global_batch
+    half_life = args.copus_noise_half_life_tokens
+    if half_life is None:
+        return float(args.seq_length * max(shortest, samples / 20))
+    if half_life <= 0:
+        raise UserError(f"--copus-noise-half-life-tokens {half_life:g} must be positive")
+    return float(half_life)
+
+
+def check_estimator(args: argparse.Namespace) -> None:
+    """Check ``--copus-gns-estimator`` against the other flags.
+
+    Raises:
+        UserError: there is no such estimator, or it can't read what this model or optimizer has.
+    """
+    name = args.copus_gns_estimator
+    if name not in ESTIMATORS:
+        raise UserError(f"--copus-gns-estimator {name} is not known; choose from {', '.join(ESTIMATORS)}")
+    if name == LAYERNORM and args.transformer_impl == "transformer_engine":
+        raise UserError(
+            "--copus-gns-estimator layernorm needs norms that stand by themselves, and Transformer Engine fuses them "
+            "with linear layers; use sketch"
+        )
+    if name == ADAM and args.optimizer != "adam":
+        raise UserError(f"--copus-gns-estimator adam needs --optimizer adam, not {args.optimizer}; use auto")
 
 
 def _check_length(args: argparse.Namespace) -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 
-from copus_ext.adapters.gradient_noise import GradientNoise
 from copus_ext.adapters.job import Job
+from copus_ext.adapters.noise.gradient_noise import GradientNoise
 from copus_ext.core.decision import Decision, Situation
-from copus_ext.core.grouping import why_unmeasurable
-from copus_ext.core.noise_scale import NoiseEstimate
+from copus_ext.core.grouping import StepShape, why_unmeasurable
+from copus_ext.core.noise_tracker import MeasuredStep
 from copus_ext.core.plan import Plan
 from copus_ext.run.config import CopusConfig
 from copus_ext.run.knowledge import Knowledge
+from copus_ext.run.noise_meter import GradientMeter, NoiseMeter, NoMeter
 from copus_ext.run.progress import steps_until
 from copus_ext.run.telemetry import Telemetry
 from megatron.patches.training_hooks import Observer, StepResult
@@ -44,16 +46,16 @@ class Controller(Observer):
         self._job, self._config, self._knowledge, self._telemetry = job, config, knowledge, telemetry
         self._refusal_of = refusal_of
         self._steps = 0
-        self._noise = None if why_unmeasurable(job.plan) else GradientNoise(job)
+        self._noise = _meter_of(job, config.noise_estimator)
 
     def __enter__(self) -> Controller:
-        if self._noise:
-            self._noise.attach()
+        self._noise.__enter__()
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        if self._noise:
-            self._noise.detach()
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None:  # else other ranks may not come to the same point
+            self._take_in(self._noise.flush())
+        self._noise.__exit__()
 
     @property
     def _args(self) -> argparse.Namespace:
@@ -75,19 +77,24 @@ class Controller(Observer):
 
     def on_checkpoint(self, iteration: int) -> None:
         """Put what has been learned beside the checkpoint."""
+        self._take_in(self._noise.flush())
         if self._telemetry.leads:
             self._knowledge.save(self._args.save, iteration, self._job.plan)
         self._telemetry.event("checkpoint", path=str(self._args.save))
 
     def _learn(self, step: StepResult) -> None:
-        plan = self._job.plan
-        if self._noise:
-            signal, trace = self._noise.collect(step.grad_norm)
-            tokens = plan.global_batch * self._args.seq_length
-            self._knowledge.noise = self._knowledge.noise.update(signal, trace, tokens, plan.global_batch)
-            self._telemetry.noise_scale(self._knowledge.noise.estimate())
+        self._take_in(self._noise.step(step.iteration, step.grad_norm, step.learning_rate))
         if self._steps > _UNSETTLED_STEPS:
-            self._knowledge.throughput = self._knowledge.throughput.observe(plan, step.step_time_s)
+            self._knowledge.throughput = self._knowledge.throughput.observe(self._job.plan, step.step_time_s)
+
+    def _take_in(self, steps: list[MeasuredStep]) -> None:
+        """Update the noise scale by steps that have been measured."""
+        for step in steps:
+            self._knowledge.noise = self._knowledge.noise.update(step)
+            if verdict := self._knowledge.noise.verdict():
+                self._telemetry.switch_check(verdict, self._job.plan)
+        if steps:
+            self._telemetry.noise_scale(self._knowledge.noise.estimate(), self._noise.estimator, steps)
 
     def _decision_is_due(self, iteration: int) -> bool:
         samples = self._args.consumed_train_samples
@@ -97,6 +104,7 @@ class Controller(Observer):
         return (change is not None and change <= samples) or iteration % self._config.interval == 0
 
     def _decide(self, iteration: int) -> None:
+        self._take_in(self._noise.flush())
         chosen: list[Plan | None] = [None]
         lead = dist.get_world_size() - 1
         if dist.get_rank() == lead:
@@ -126,16 +134,22 @@ class Controller(Observer):
 
     def _situation(self) -> Situation:
         known = self._knowledge
-        estimate: NoiseEstimate | None = known.noise.estimate() if known.noise.steps else None
         return Situation(
             iteration=self._args.curr_iteration,
             consumed_samples=self._args.consumed_train_samples,
             train_samples=self._args.train_samples,
             current=self._job.plan,
             steps_since_switch=self._steps,
-            noise=estimate,
+            noise=known.noise.estimate(),
             throughput=known.throughput,
             switch_cost=known.switch_cost,
             candidates=known.candidates,
             rejected=dict(known.rejected),
         )
+
+
+def _meter_of(job: Job, estimator: str) -> NoiseMeter:
+    """What measures the steps of ``job``; nothing where its plan does not let them be measured."""
+    if why_unmeasurable(StepShape.of(job.plan), estimator):
+        return NoMeter()
+    return GradientMeter(partial(GradientNoise.of_job, job), estimator, job.args.optimizer, job.args.seq_length)

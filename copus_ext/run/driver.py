@@ -22,7 +22,7 @@ from copus_ext.core.errors import UserError
 from copus_ext.core.grouping import why_avoided
 from copus_ext.core.hardware import Hardware
 from copus_ext.core.learning_rate import learning_rate_factor
-from copus_ext.core.noise_scale import NoiseScaleEstimator
+from copus_ext.core.noise_tracker import NoiseTracker
 from copus_ext.core.plan import Plan
 from copus_ext.core.report import report_run
 from copus_ext.core.space import too_large
@@ -118,10 +118,13 @@ class Driver:
         rejected = {
             plan: why
             for plan in plans
-            if (why := too_large(plan, model, hardware.memory_bytes) or why_avoided(plan, base))
+            if (
+                why := too_large(plan, model, hardware.memory_bytes)
+                or why_avoided(plan, base, self.config.noise_estimator)
+            )
         }
         knowledge = Knowledge(
-            noise=NoiseScaleEstimator(half_life_tokens=self.config.noise_half_life_tokens),
+            noise=NoiseTracker.start(self.config.noise_estimator, self.config.noise_half_life_tokens),
             throughput=ThroughputModel(model, hardware),
             switch_cost=first_switch_cost(model, hardware, args.world_size),
             candidates=tuple(plans),
@@ -144,17 +147,7 @@ class Driver:
 
     def run(self) -> None:
         """Train to the end of ``--train-samples``, evaluate, save, and report."""
-        args = self.job.args
-        self.telemetry.event(
-            "run_start",
-            world_size=args.world_size,
-            plan=str(self.job.plan),
-            policy=self.config.policy_name,
-            train_samples=args.train_samples,
-            model=asdict(model_shape(args)),
-            candidates=[str(plan) for plan in self.knowledge.candidates],
-            directory=str(self.config.directory),
-        )
+        self._log_start()
         status = "failed"
         try:
             self._train()
@@ -166,6 +159,19 @@ class Driver:
             self.telemetry.event("run_end", status=status)
             self.telemetry.close()
         self._report()
+
+    def _log_start(self) -> None:
+        args = self.job.args
+        self.telemetry.event(
+            "run_start",
+            world_size=args.world_size,
+            plan=str(self.job.plan),
+            policy=self.config.policy_name,
+            train_samples=args.train_samples,
+            model=asdict(model_shape(args)),
+            candidates=[str(plan) for plan in self.knowledge.candidates],
+            directory=str(self.config.directory),
+        )
 
     def _train(self) -> None:
         iterators = self.data.iterators(len(self.job.model))
@@ -184,11 +190,15 @@ class Driver:
             self._evaluate("test", iterators[2])
         training.maybe_finalize_async_save(blocking=True, terminate=True)
 
-    def _segment(self, iterators: tuple[Any, Any, Any], continues_a_run: bool) -> Plan | None:
-        """Train under the present plan until it should change, or to the end; the plan to change to."""
+    def _segment(self, iterators: tuple[Any, Any, Any], continues_a_run: bool, until: int | None = None) -> Plan | None:
+        """Train under the present plan until it should change, or ``until`` samples are consumed (default: to the end).
+
+        Returns:
+            The plan to change to; ``None`` where it should not.
+        """
         job, args = self.job, self.job.args
         change = self.config.policy.next_change(args.consumed_train_samples)
-        steps = steps_until(args, args.train_samples)
+        steps = steps_until(args, args.train_samples if until is None else until)
         # A schedule's changes fall on whole steps, unless an earlier one was given up and other batches are in force.
         args.train_iters = args.iteration + (steps if change is None else min(steps, steps_beyond(args, change)))
         job.ready()
@@ -228,6 +238,7 @@ class Driver:
             iterators = self.data.iterators(len(self.job.model))
         report.seconds["data"] = time.perf_counter() - start
         self.knowledge.switch_cost = self.knowledge.switch_cost.observe(old, plan, report.total_s)
+        self.knowledge.noise = self.knowledge.noise.after_switch(old, plan)
         self.telemetry.switch(report)
         return iterators
 

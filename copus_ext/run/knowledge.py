@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from copus_ext.core.noise_scale import NoiseScaleEstimator
+from copus_ext.core.noise_tracker import NoiseTracker
 from copus_ext.core.plan import Plan, plan_from_json
 from copus_ext.core.switch_cost import SwitchCost
 from copus_ext.core.throughput import ThroughputModel
@@ -19,7 +19,7 @@ _FILE = "copus_state.json"
 class Knowledge:
     """The estimators as they stand, and the plans there are to choose from."""
 
-    noise: NoiseScaleEstimator
+    noise: NoiseTracker
     throughput: ThroughputModel
     switch_cost: SwitchCost
     candidates: tuple[Plan, ...]
@@ -41,7 +41,7 @@ class Knowledge:
 
     def restore(self, state: SavedState) -> None:
         """Go on from what a checkpoint knew."""
-        self.noise = replace(state.noise, half_life_tokens=self.noise.half_life_tokens)  # that is for the flags to say
+        self.noise = self.noise.carried_on(state.noise)
         self.throughput, self.switch_cost = state.throughput, state.switch_cost
 
 
@@ -50,7 +50,7 @@ class SavedState:
     """What stands beside a checkpoint."""
 
     plan: Plan
-    noise: NoiseScaleEstimator
+    noise: NoiseTracker
     throughput: ThroughputModel
     switch_cost: SwitchCost
 
@@ -73,7 +73,7 @@ def load_state(checkpoints: str | None, iteration: int | None = None) -> SavedSt
     state = json.loads(path.read_text())
     return SavedState(
         plan=plan_from_json(state["plan"]),
-        noise=NoiseScaleEstimator.from_json(state["noise"]),
+        noise=NoiseTracker.from_json(state["noise"]),
         throughput=ThroughputModel.from_json(state["throughput"]),
         switch_cost=SwitchCost.from_json(state["switch_cost"]),
     )

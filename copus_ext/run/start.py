@@ -153,28 +153,13 @@ def _run(raw: argparse.Namespace) -> int:
 
     check_supported(raw)
     if raw.no_copus:
-        plan_of(raw)
-        return _run_plain(raw)
+        from copus_ext.run.plain import run_plain
+
+        run_plain(raw, plan_of(raw))
+        return 0
     check_flags(raw)
     config = config_from_args(raw, plan_of(raw))
     from copus_ext.run.driver import Driver
 
     Driver(raw, config).run()
-    return 0
-
-
-def _run_plain(raw: argparse.Namespace) -> int:
-    """Upstream's own ``pretrain()``, with nothing of ours but the patches."""
-    from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-    from megatron.training.arguments import validate_args
-    from megatron.training.global_vars import set_global_variables
-
-    from copus_ext.run import gpt
-
-    validate_args(raw)
-    set_global_variables(raw)
-    container = pretrain_cfg_container_from_args(raw, gpt_config_from_args(raw))
-    pretrain(container, gpt.train_valid_test_datasets, ModelType.encoder_or_decoder, gpt.forward_step)
     return 0

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron.training import get_args, get_tensorboard_writer
 from megatron.training.global_vars import get_wandb_writer
 
+from copus_ext.core.continuity import ContinuityVerdict
 from copus_ext.core.decision import Decision
 from copus_ext.core.events import EventLog, EventSink, NullEventLog
 from copus_ext.core.noise_scale import NoiseEstimate
+from copus_ext.core.noise_tracker import MeasuredStep
 from copus_ext.core.plan import Plan
 from copus_ext.core.summary import format_bytes
 from copus_ext.run.switch import SwitchReport
@@ -57,17 +60,34 @@ class Telemetry:
             skipped=result.skipped,
         )
 
-    def noise_scale(self, estimate: NoiseEstimate) -> None:
-        """The smoothed noise scale after a step."""
-        self.event("noise_scale", **estimate._asdict())
-        scalars = {"noise-scale": estimate.value, "noise-scale-low": estimate.low, "noise-scale-high": estimate.high}
-        self._scalars(scalars)
+    def noise_scale(self, estimate: NoiseEstimate | None, estimator: str, steps: Sequence[MeasuredStep]) -> None:
+        """The smoothed noise scale after a few more steps were measured, and what they gave one by one."""
+        known = estimate or NoiseEstimate(*(math.nan,) * 5, n_eff=0.0)
+        measured = [[step.iteration, *step.estimate] for step in steps]
+        self.event("noise_scale", **known._asdict(), estimator=estimator, steps=measured)
+        self._scalars(
+            {
+                "noise-scale": known.value,
+                "noise-scale-low": known.low,
+                "noise-scale-high": known.high,
+                "gradient-covariance-trace": known.S,
+                "gradient-square-norm": known.N,
+            }
+        )
+
+    def switch_check(self, verdict: ContinuityVerdict, plan: Plan) -> None:
+        """Whether N and S went on after a switch of the layout as before it."""
+        self.event("switch_check", plan=str(plan), **verdict.to_json())
+        if verdict.suspect:
+            self.say(
+                f"the switch to {plan} is suspect: |G|^2 went from {verdict.n_before:.3g} to {verdict.n_after:.3g} "
+                f"({verdict.z_n:+.1f} sigma), tr(Sigma) from {verdict.s_before:.3g} to {verdict.s_after:.3g} "
+                f"({verdict.z_s:+.1f} sigma)"
+            )
 
     def _scalars(self, values: dict[str, float]) -> None:
         """To TensorBoard and W&B under upstream's habits of naming: ``name`` by iteration, ``name vs samples``."""
         writer, wandb, args = get_tensorboard_writer(), get_wandb_writer(), get_args()
-        if args.curr_iteration % args.tensorboard_log_interval:
-            return
         for name, value in values.items() if writer is not None else ():
             writer.add_scalar(name, value, args.curr_iteration)
             writer.add_scalar(f"{name} vs samples", value, args.consumed_train_samples)

@@ -17,10 +17,19 @@ def all_patches() -> tuple[Patch, ...]:
         data_helpers,
         layer_seeds,
         process_groups,
+        sequence_parallel_norm,
         training_hooks,
     )
 
-    modules = (cpu_device, data_helpers, byte_tokenizer, process_groups, layer_seeds, training_hooks)
+    modules = (
+        cpu_device,
+        data_helpers,
+        byte_tokenizer,
+        process_groups,
+        layer_seeds,
+        sequence_parallel_norm,
+        training_hooks,
+    )
     return tuple(module.PATCH for module in modules)
 
 

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +41,9 @@ class Observer:
 
     continues_a_run = False  # True: upstream's first-step extras (repeated log line, memory report) are left out
 
+    def before_step(self, model: Sequence[Any], optimizer: Any) -> None:
+        """Before a step, with the DDP-wrapped chunks that will take it."""
+
     def on_step(self, step: StepResult) -> None:
         """After the log line of a step, before its evaluation and checkpoint."""
 
@@ -70,9 +73,13 @@ class _Clock:
     step_time_s = 0.0
 
 
-def _timed(train_step: Any, clock: _Clock) -> Any:
+def _announced_and_timed(train_step: Any, clock: _Clock) -> Any:
+    signature = inspect.signature(train_step)
+
     @functools.wraps(train_step)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        _OBSERVER.get().before_step(given["model"], given["optimizer"])
         start = time.perf_counter()
         result = train_step(*args, **kwargs)
         clock.step_time_s = time.perf_counter() - start
@@ -142,7 +149,7 @@ def apply() -> None:
     import megatron.training.training as training
 
     clock = _Clock()
-    training.train_step = _timed(training.train_step, clock)
+    training.train_step = _announced_and_timed(training.train_step, clock)
     training.training_log = _told_of_steps(training.training_log, clock)
     training.evaluate = _told_of_evaluations(training.evaluate)
     training.save_checkpoint_and_time = _told_of_checkpoints(training.save_checkpoint_and_time)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from copus_ext.core.grouping import slices_per_rank
+from copus_ext.core.grouping import StepShape, grouping_of
 from copus_ext.core.noise_scale import step_estimate
 from copus_ext.core.plan import Layout, Plan
 from tests.ranks.harness import run_ranks
@@ -23,6 +23,17 @@ LAYOUTS = {
     "pp4": Layout(pp=4),
     "vpp2": Layout(dp=2, pp=2, vpp=2),
 }
+EXACT = {"dp4": "dp-groups", "dp2": "slices", "tp2": "slices", "tp2pp2": "slices", "pp4": "slices", "vpp2": "slices"}
+LLAMA = (
+    "--untie-embeddings-and-output-weights --swiglu --group-query-attention --num-query-groups 4 "
+    "--normalization RMSNorm --disable-bias-linear "
+)
+EXPERTS = (
+    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-token-dispatcher-type allgather "
+    "--moe-router-load-balancing-type none --disable-bias-linear "
+)
+
+Pair = tuple[float, float]
 
 
 def per_sequence_gradients(flags: str) -> Any:
@@ -39,58 +50,100 @@ def per_sequence_gradients(flags: str) -> Any:
     for batch in random_batches(BATCH, 1, args.seq_length, args.padded_vocab_size):
         losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
         params = list(model.parameters())
-        gradients = torch.autograd.grad(losses.float().mean(), params)
+        gradients = torch.autograd.grad(losses.float().mean(), params, materialize_grads=True)
         rows.append(torch.cat([g.reshape(-1).double() for g in gradients]).numpy())
     return np.array(rows)
 
 
-def measured_step(flags: str, layout: Layout, micro_batch: int) -> tuple[float, float]:
-    """N and S that the collector reads from one real step under ``layout``."""
-    from copus_ext.adapters.gradient_noise import GradientNoise
-    from copus_ext.adapters.job import build_job
+def measured(flags: str, layouts: list[Layout], micro_batch: int, estimator: str, **options: Any) -> list[Pair]:
+    """N and S that the collector reads from one real step in each of several layouts, in one process."""
+    import torch
+
+    from copus_ext.adapters.noise.gradient_noise import GradientNoise
+    from copus_ext.run.switch import put_in_charge
     from tests.ranks.stepping import one_step
+    from tests.ranks.steps import build
     from tests.ranks.tiny import raw_arguments, start_upstream
 
-    plan = Plan(layout, micro_batch, BATCH)
-    args, _, groups = start_upstream(raw_arguments(flags + STILL), plan)
-    job = build_job(plan, args, groups)
-    collector = GradientNoise(job).attach()
-    collector.collect(one_step(job, first_sample=0).grad_norm)  # overlapped reduction starts with the second step only
-    result = one_step(job, first_sample=0)
-    estimate = collector.collect(result.grad_norm)
-    collector.detach()
-    return estimate.N, estimate.S
+    raw = raw_arguments(flags + STILL)
+    _, manager, _ = start_upstream(raw, Plan(layouts[0], micro_batch, BATCH))
+    found = []
+    for layout in layouts:
+        torch.manual_seed(raw.seed)  # the same weights for every layout
+        job = build(manager, raw, Plan(layout, micro_batch, BATCH))
+        put_in_charge(job, manager)
+        with GradientNoise.of_job(job, estimator, **options) as collector:
+            norms = [one_step(job, first_sample=0).grad_norm for _ in range(2)]  # overlap starts with the second step
+            estimates = [e for norm in norms for e in collector.step(norm)] + collector.flush()
+        found.append((estimates[-1].N, estimates[-1].S))
+    return found
 
 
-def expected_step(gradients: Any, layout: Layout, micro_batch: int) -> tuple[float, float]:
+def seen_by_all(flags: str, layouts: list[Layout], micro_batch: int, estimator: str, **options: Any) -> list[Pair]:
+    """The same, after a check that every rank sees the same."""
+    world = layouts[0].world_size
+    everyone = run_ranks(world, _measured_with, flags, layouts, micro_batch, estimator, options)
+    assert all(np.allclose(pairs, everyone[0], rtol=1e-6, atol=0) for pairs in everyone), "ranks disagree"
+    return everyone[0]
+
+
+def _measured_with(*args: Any) -> list[Pair]:
+    return measured(*args[:-1], **args[-1])
+
+
+def expected_step(gradients: Any, layout: Layout, micro_batch: int, estimator: str = "slices") -> Pair:
     """N and S of the same grouping of the same sequences, from their single gradients."""
     plan = Plan(layout, micro_batch, BATCH)
-    slices = slices_per_rank(plan)
+    slices = grouping_of(StepShape.of(plan), estimator).slices
     window = plan.num_microbatches // slices
     owner = [
         ((s // micro_batch) % layout.dp, s // (micro_batch * layout.dp) // window) for s in range(BATCH)
     ]  # upstream's sampler deals micro-batches round the data-parallel ranks
+    return of_groups(gradients, owner)
+
+
+def of_groups(gradients: Any, owner: list[Any]) -> Pair:
+    """N and S where sequence s belongs to group ``owner[s]``."""
     means = [gradients[[o == group for o in owner]].mean(axis=0) for group in sorted(set(owner))]
-    sizes = [BATCH / len(means)] * len(means)
     whole = gradients.mean(axis=0)
-    estimate = step_estimate([float(m @ m) for m in means], sizes, float(whole @ whole))
+    estimate = step_estimate([float(m @ m) for m in means], [BATCH / len(means)] * len(means), float(whole @ whole))
     return estimate.N, estimate.S
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "",
-        "--untie-embeddings-and-output-weights --swiglu --group-query-attention "
-        "--num-query-groups 4 --normalization RMSNorm --disable-bias-linear",
-    ],
-)
+@pytest.mark.parametrize("flags", ["", LLAMA, "--normalization RMSNorm --qk-layernorm "])
 def test_n_and_s_are_those_of_single_sequence_gradients(flags: str) -> None:
     gradients = run_ranks(1, per_sequence_gradients, flags)[0]
-    for name, layout in LAYOUTS.items():
-        measured = run_ranks(4, measured_step, flags, layout, 1)
-        assert all(value == pytest.approx(measured[0], rel=1e-9) for value in measured), "ranks disagree"
-        assert measured[0] == pytest.approx(expected_step(gradients, layout, 1), rel=1e-3), name
+    for estimator in ("dp-groups", "slices"):
+        names = [name for name in LAYOUTS if EXACT[name] == estimator]
+        found = seen_by_all(flags, [LAYOUTS[name] for name in names], 1, estimator)
+        for name, pair in zip(names, found, strict=True):
+            assert pair == pytest.approx(expected_step(gradients, LAYOUTS[name], 1, estimator), rel=1e-3), name
+
+
+def test_sequence_parallel_norms_are_added_up_before_they_are_squared() -> None:
+    layouts = [Layout(dp=2, tp=2, sequence_parallel=True), Layout(tp=2, pp=2, sequence_parallel=True)]
+    for flags in ("", "--normalization RMSNorm --qk-layernorm "):
+        gradients = run_ranks(1, per_sequence_gradients, flags)[0]
+        for layout, pair in zip(layouts, seen_by_all(flags, layouts, 1, "slices"), strict=True):
+            assert pair == pytest.approx(expected_step(gradients, layout, 1), rel=1e-3)
+
+
+@pytest.mark.parametrize("world", [4, 8])
+def test_the_same_samples_give_the_same_n_and_s_in_every_factorisation(world: int) -> None:
+    """Every sequence a group of its own, so that the grouping does not depend on the layout."""
+    sizes = [size for size in (1, 2, 4, 8) if size <= world]
+    layouts = [
+        Layout(dp=world // (tp * pp), tp=tp, pp=pp, vpp=vpp)
+        for tp in sizes
+        for pp in sizes
+        for vpp in (1, 2)
+        if tp * pp <= world and pp * vpp <= 8 and (pp > 1 or vpp == 1)
+    ]
+    # Upstream's interleaved schedule wants as many micro-batches as a multiple of the stages.
+    layouts = [layout for layout in layouts if layout.vpp == 1 or BATCH // layout.dp >= layout.pp]
+    found = seen_by_all("--num-layers 8", layouts, 1, "slices", min_groups=BATCH)
+    for layout, pair in zip(layouts, found, strict=True):
+        assert pair == pytest.approx(found[0], rel=1e-4), str(layout)
 
 
 @pytest.mark.parametrize(
@@ -98,15 +151,47 @@ def test_n_and_s_are_those_of_single_sequence_gradients(flags: str) -> None:
     [
         ("--overlap-grad-reduce --overlap-param-gather", True),
         ("--overlap-grad-reduce", False),
+        ("--overlap-grad-reduce --ddp-average-in-collective", False),
         ("--calculate-per-token-loss", False),
         ("--clip-grad 0", False),
+        ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", False),
         ("--bf16", True),
         ("--fp16 --initial-loss-scale 1024 --loss-scale-window 1", False),  # the scale doubles behind every step
     ],
 )
 def test_reduction_and_normalisation_flags_do_not_change_n_and_s(flags: str, zero1: bool) -> None:
     gradients = run_ranks(1, per_sequence_gradients, "")[0]
-    for layout in (LAYOUTS["dp4"], LAYOUTS["dp2"]):
-        measured = run_ranks(4, measured_step, flags, replace(layout, distributed_optimizer=zero1), 1)[0]
-        tolerance = 5e-2 if "16" in flags else 1e-3
-        assert measured == pytest.approx(expected_step(gradients, layout, 1), rel=tolerance)
+    tolerance = 5e-2 if "16" in flags else 1e-3
+    for name, estimator in (("dp4", "dp-groups"), ("dp2", "slices")):
+        layout = replace(LAYOUTS[name], distributed_optimizer=zero1)
+        pair = seen_by_all(flags, [layout], 1, estimator)[0]
+        assert pair == pytest.approx(expected_step(gradients, layout, 1, estimator), rel=tolerance)
+
+
+@pytest.mark.parametrize("zero1", [False, True])
+def test_experts_have_groups_of_their_own(zero1: bool) -> None:
+    """An expert sees the sequences of all ranks that share it: its groups are fewer, and N and S add up by class."""
+    gradients = run_ranks(1, per_sequence_gradients, EXPERTS)[0]
+    is_expert = run_ranks(1, expert_positions, EXPERTS)[0]
+    for layout in (Layout(dp=4, ep=2), Layout(dp=2, pp=2, ep=2), Layout(dp=2, tp=2, ep=2, sequence_parallel=True)):
+        layout = replace(layout, distributed_optimizer=zero1)
+        plan = Plan(layout, 1, BATCH)
+        window = plan.num_microbatches // grouping_of(StepShape.of(plan), "slices").slices
+        rank = [s % layout.dp for s in range(BATCH)]
+        number = [s // layout.dp // window for s in range(BATCH)]
+        dense = of_groups(gradients[:, ~is_expert], list(zip(rank, number, strict=True)))
+        shared = [r // layout.ep for r in rank]  # experts lie over neighbouring data-parallel ranks
+        experts = of_groups(gradients[:, is_expert], list(zip(shared, number, strict=True)))
+        pair = seen_by_all(EXPERTS, [layout], 1, "slices")[0]
+        assert pair == pytest.approx(np.add(dense, experts), rel=1e-3), str(layout)
+
+
+def expert_positions(flags: str) -> Any:
+    """[parameters] bool: which numbers of a row of :func:`per_sequence_gradients` belong to experts."""
+    from copus_ext.adapters.job import build_job
+    from tests.ranks.tiny import raw_arguments, start_upstream
+
+    plan = Plan(Layout(), 1, BATCH)
+    args, _, groups = start_upstream(raw_arguments(flags), plan)
+    model: Any = build_job(plan, args, groups).model[0].module
+    return np.concatenate([np.full(p.numel(), ".experts." in name) for name, p in model.named_parameters()])

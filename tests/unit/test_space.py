@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from copus_ext.core.errors import UserError
-from copus_ext.core.grouping import MIN_GROUPS, slices_per_rank, why_avoided, why_unmeasurable
+from copus_ext.core.grouping import MIN_GROUPS, StepShape, grouping_of, why_avoided, why_unmeasurable
 from copus_ext.core.memory import peak_bytes
 from copus_ext.core.model_shape import ModelShape
 from copus_ext.core.plan import Layout, Plan
@@ -46,7 +46,7 @@ def test_slices_are_equal_and_as_few_as_give_enough_groups() -> None:
     for dp in (1, 2, 4):
         for micro_batches in range(1, 25):
             plan = Plan(Layout(dp=dp), 1, dp * micro_batches)
-            slices = slices_per_rank(plan)
+            slices = grouping_of(StepShape.of(plan)).slices
             assert micro_batches % slices == 0
             fewer = [s for s in range(1, slices) if micro_batches % s == 0]
             assert all(s * dp < MIN_GROUPS for s in fewer)
@@ -55,12 +55,11 @@ def test_slices_are_equal_and_as_few_as_give_enough_groups() -> None:
 
 def test_plans_that_hide_the_noise_are_avoided_unless_the_flags_hide_it_anyway() -> None:
     one_group = Plan(Layout(tp=4), 16, 16)
-    assert why_unmeasurable(one_group)
+    assert why_unmeasurable(StepShape.of(one_group))
     assert why_avoided(one_group, BASE)
     assert why_avoided(Plan(Layout(pp=4), 8, 16), BASE), "two groups where there could be four"
     assert why_avoided(Plan(Layout(pp=4), 4, 16), BASE) is None
-    experts = Plan(Layout(dp=4, ep=2), 2, 16)
-    assert why_avoided(replace(experts, micro_batch=4), experts) is None
+    assert why_avoided(Plan(Layout(pp=4), 8, 16), one_group) is None
 
 
 def test_memory_of_the_state_is_eighteen_bytes_a_parameter_in_bf16() -> None:
@@ -77,3 +76,41 @@ def test_splitting_a_model_makes_it_fit() -> None:
     room = (peak_bytes(whole, MODEL) + peak_bytes(split, MODEL)) / 2
     assert too_large(split, MODEL, room / 0.9) is None
     assert "GiB" in (too_large(whole, MODEL, room / 0.9) or "")
+
+
+@pytest.mark.parametrize(
+    ("shape", "estimator", "slices", "dense", "experts"),
+    [
+        (StepShape(dp=8, edp=8, cp=1, ep=1, micro_batch=1, num_microbatches=4), "auto", 1, 8, 8),
+        (StepShape(dp=8, edp=8, cp=1, ep=1, micro_batch=1, num_microbatches=4), "slices", 1, 8, 8),
+        (StepShape(dp=2, edp=2, cp=1, ep=1, micro_batch=1, num_microbatches=6), "auto", 2, 4, 4),
+        (StepShape(dp=8, edp=2, cp=1, ep=4, micro_batch=1, num_microbatches=4), "sketch", 2, 16, 4),
+        (StepShape(dp=8, edp=1, cp=1, ep=8, micro_batch=1, num_microbatches=2), "sketch", 2, 16, 2),
+        (StepShape(dp=2, edp=4, cp=2, ep=1, micro_batch=1, num_microbatches=8), "auto", 2, 4, 4),
+        (StepShape(dp=2, edp=2, cp=1, ep=1, micro_batch=3, num_microbatches=2), "layernorm", 1, 12, 12),
+    ],
+)
+def test_groups_by_estimator(shape: StepShape, estimator: str, slices: int, dense: int, experts: int) -> None:
+    assert why_unmeasurable(shape, estimator) is None
+    assert grouping_of(shape, estimator)[1:] == (slices, dense, experts)
+
+
+@pytest.mark.parametrize(
+    ("shape", "estimator", "reason"),
+    [
+        (StepShape(dp=1, edp=1, cp=1, ep=1, micro_batch=1, num_microbatches=4), "dp-groups", "two data-parallel ranks"),
+        (StepShape(dp=4, edp=8, cp=2, ep=1, micro_batch=1, num_microbatches=4), "slices", "context-parallel"),
+        (StepShape(dp=4, edp=4, cp=2, ep=2, micro_batch=1, num_microbatches=4), "auto", "context-parallel"),
+        (StepShape(dp=4, edp=1, cp=1, ep=4, micro_batch=1, num_microbatches=1), "auto", "every expert sees one group"),
+        (StepShape(dp=1, edp=1, cp=1, ep=1, micro_batch=4, num_microbatches=1), "auto", "one micro-batch"),
+    ],
+)
+def test_what_cannot_be_measured_says_why(shape: StepShape, estimator: str, reason: str) -> None:
+    assert reason in (why_unmeasurable(shape, estimator) or "")
+
+
+def test_exact_norms_are_chosen_where_they_are_cheap() -> None:
+    shape = StepShape(dp=4, edp=4, cp=1, ep=1, micro_batch=1, num_microbatches=4)
+    assert grouping_of(shape).estimator == "dp-groups"
+    for other in (shape._replace(dp=2), shape._replace(cp=2), shape._replace(ep=2), shape._replace(tied=True)):
+        assert grouping_of(other).estimator == "sketch"

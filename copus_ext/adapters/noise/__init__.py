@@ -1,0 +1,1 @@
+"""Square norms of the gradients of independent groups of sequences, read while Megatron trains."""

@@ -1,0 +1,240 @@
+"""N and S of every step of a Megatron-Core model: hooks that read gradients, and one small reduction every few steps.
+
+::
+
+    noise = GradientNoise(model, optimizer, groups, micro_batch_size=2, num_microbatches=8)
+    with noise:
+        ...                                    # zero_grad_buffer, forward and backward, optimizer.step
+        estimates = noise.step(grad_norm)      # of the steps since the last reduction; mostly none
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from copus_ext.adapters.job import Job
+from copus_ext.adapters.noise.adam import AdamFactors
+from copus_ext.adapters.noise.norm_layers import NormLayers
+from copus_ext.adapters.noise.overrides import override
+from copus_ext.adapters.noise.parameters import Counted, Kind, counted_parameters, holds_tied_embeddings
+from copus_ext.adapters.noise.sketch import Sketch
+from copus_ext.adapters.noise.square_norms import SquareNorms
+from copus_ext.adapters.noise.taps import GradientTaps
+from copus_ext.core.grouping import (
+    ADAM,
+    AUTO,
+    LAYERNORM,
+    MIN_GROUPS,
+    SKETCH,
+    Grouping,
+    StepShape,
+    grouping_of,
+    why_unmeasurable,
+)
+from copus_ext.core.noise_scale import StepEstimate, step_estimate
+
+_STEPS_BETWEEN_REDUCTIONS = 4
+
+
+class Collector(Protocol):
+    """Reads the gradients of a step's groups, and adds up their squares over all ranks."""
+
+    slices: int
+    needs_grad_norm: bool  # the square of the dense parameters' sum is to come from upstream's gradient norm
+
+    def attach(self) -> None:
+        """Hooks of its own."""
+
+    def detach(self) -> None:
+        """Take them away."""
+
+    def begin(self, step: int) -> None:
+        """A forward-backward pass begins; it may be the second one of a step."""
+
+    def read(self, index: int, number: int) -> None:
+        """Parameter ``index`` holds in ``main_grad`` what was accumulated up to the end of slice ``number``."""
+
+    def end(self, valid: bool) -> None:
+        """The step has been taken: keep it; as not a number where ``valid`` is false."""
+
+    def clear(self) -> None:
+        """Forget the steps kept."""
+
+    def reduce(self) -> torch.Tensor:
+        """Collective. [steps, 2 (dense, experts), 2]: square sum of the groups, and square of their sum."""
+
+
+class _Step(NamedTuple):
+    """What turns sums of accumulated gradients into those of the mean loss, and upstream's norm of that."""
+
+    scale: float | torch.Tensor
+    grad_norm: float | None
+
+
+class GradientNoise:
+    """Reads a model's gradients between :meth:`attach` and :meth:`detach`, or inside a ``with`` block.
+
+    One object serves steps of one shape; after a change of batch size or layout make another.
+    """
+
+    def __init__(
+        self,
+        model: Sequence[Any],
+        optimizer: Any,
+        groups: ProcessGroupCollection,
+        *,
+        micro_batch_size: int,
+        num_microbatches: int,
+        estimator: str = AUTO,
+        min_groups: int = MIN_GROUPS,
+        first_step: int = 0,
+        seed: int = 0,
+    ) -> None:
+        """Collective with ``estimator="adam"`` and a distributed optimizer.
+
+        Args:
+            model: DDP-wrapped chunks of this rank.
+            optimizer: Megatron-Core's, for the loss scale and Adam's second moments.
+            groups: the process groups that the model was built with.
+            micro_batch_size: sequences in a micro-batch.
+            num_microbatches: micro-batches that each data-parallel rank accumulates in a step.
+            estimator: one of :data:`copus_ext.core.grouping.ESTIMATORS`.
+            min_groups: cut accumulation windows into slices until a step has so many groups, if it can be.
+            first_step: number of the next step. Sketches of a step depend on it and on ``seed`` alone.
+            seed: of the sketches; the same on all ranks.
+
+        Raises:
+            ValueError: such steps can't be measured, and why.
+        """
+        shape = StepShape(
+            dp=groups.dp.size(),
+            edp=groups.expt_dp.size(),
+            cp=groups.cp.size(),
+            ep=groups.ep.size(),
+            micro_batch=micro_batch_size,
+            num_microbatches=num_microbatches,
+            tied=holds_tied_embeddings(model, groups),
+        )
+        if reason := why_unmeasurable(shape, estimator):
+            raise ValueError(reason)
+        self.grouping: Grouping = grouping_of(shape, estimator, min_groups)
+        self.batch = shape.dp * micro_batch_size * num_microbatches
+        self._model, self._optimizer, self._step = model, optimizer, first_step
+        self._ranks = groups.dp_cp.size()  # that a gradient is averaged over
+        counted = [c for c in counted_parameters(model, groups) if c.kind is not Kind.DUPLICATE]
+        self._collector = self._make_collector(counted, groups, shape, seed)
+        params = [] if self.grouping.estimator == LAYERNORM else [param for param, _ in counted]
+        self._taps = GradientTaps(model, params, self._collector, num_microbatches, self._begin)
+        self._steps: list[_Step] = []
+        self._loss_scale = 1.0
+        self._per_token_scale: float | torch.Tensor | None = None
+        self._undo: list[Callable[[], Any]] = []
+
+    @staticmethod
+    def of_job(job: Job, estimator: str = AUTO, **options: Any) -> GradientNoise:
+        """For the steps of a job under its plan; ``options`` as for the constructor."""
+        return GradientNoise(
+            job.model,
+            job.optimizer,
+            job.groups,
+            micro_batch_size=job.plan.micro_batch,
+            num_microbatches=job.plan.num_microbatches,
+            estimator=estimator,
+            **{"first_step": job.args.iteration, **options},
+        )
+
+    def attach(self) -> GradientNoise:
+        """Start reading. The model must not have a step under way."""
+        self._wrap_scaling(self._model[0])
+        self._collector.attach()
+        self._taps.attach()
+        return self
+
+    def detach(self) -> None:
+        """Stop reading and leave the model as it was."""
+        self._taps.detach()
+        self._collector.detach()
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+
+    def __enter__(self) -> GradientNoise:
+        return self.attach()
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def step(self, grad_norm: float | None) -> list[StepEstimate]:
+        """A step has been taken. Collective over all ranks in every fourth call.
+
+        Args:
+            grad_norm: upstream's norm of the averaged gradient before clipping; ``None`` where the step was skipped.
+
+        Returns:
+            Estimates of this step and those before it, in order, when they have been added up; else none.
+        """
+        self._collector.end(self._taps.complete())
+        scale = 1.0 / self._ranks if self._per_token_scale is None else self._per_token_scale
+        self._steps.append(_Step(scale / self._loss_scale, grad_norm))
+        self._step += 1
+        return self.flush() if len(self._steps) == _STEPS_BETWEEN_REDUCTIONS else []
+
+    def flush(self) -> list[StepEstimate]:
+        """Estimates of the steps that have not been told yet. Collective over all ranks.
+
+        Per sequence, for the mean loss per token; not finite where a gradient was not.
+        """
+        if not self._steps:
+            return []
+        sums = self._collector.reduce().tolist()
+        estimates = [self._estimate(step, *its_sums) for step, its_sums in zip(self._steps, sums, strict=True)]
+        self._steps.clear()
+        return estimates
+
+    def _estimate(self, step: _Step, dense: list[float], experts: list[float]) -> StepEstimate:
+        """Dense parameters and experts have groups of their own; squares of both add up."""
+        scale = float(step.scale) ** 2
+        mean_square = scale * dense[1]
+        if self._collector.needs_grad_norm:
+            norm = float("nan") if step.grad_norm is None else step.grad_norm
+            mean_square = norm**2 - scale * experts[1]
+        parts = [self._part(self.grouping.dense_groups, scale * dense[0], mean_square)]
+        parts.append(self._part(self.grouping.expert_groups, scale * experts[0], scale * experts[1]))
+        return StepEstimate(sum(part.N for part in parts), sum(part.S for part in parts))
+
+    def _part(self, groups: int, square_sum: float, mean_square: float) -> StepEstimate:
+        """``square_sum``: of what the groups add to the mean gradient, each a ``groups``-th of its own mean."""
+        return step_estimate([square_sum * groups] * groups, [self.batch / groups] * groups, mean_square)
+
+    def _make_collector(
+        self, counted: Sequence[Counted], groups: ProcessGroupCollection, shape: StepShape, seed: int
+    ) -> Collector:
+        kind, slices = self.grouping.estimator, self.grouping.slices
+        if kind == LAYERNORM:
+            return NormLayers(self._model, counted, groups, shape.micro_batch * shape.num_microbatches)
+        if kind == SKETCH:
+            return Sketch(counted, groups, slices, seed)
+        if kind == ADAM:
+            return Sketch(counted, groups, slices, seed, AdamFactors(counted, self._optimizer, groups))
+        return SquareNorms(self._model, counted, groups, slices)
+
+    def _begin(self) -> None:
+        config = self._model[0].config
+        # Now: the optimizer may change it before the step is told of.
+        self._loss_scale = float(self._optimizer.get_loss_scale()) if config.fp16 else 1.0
+        self._per_token_scale = None
+        self._collector.begin(self._step)
+
+    def _wrap_scaling(self, chunk: Any) -> None:
+        """With ``--calculate-per-token-loss`` gradients are sums until upstream divides by the number of tokens."""
+        scale_gradients = chunk.scale_gradients
+
+        def scale_and_tell(factor: Any) -> None:
+            scale_gradients(factor)
+            self._per_token_scale = factor.clone() if isinstance(factor, torch.Tensor) else factor
+
+        self._undo.append(override(chunk, "scale_gradients", scale_and_tell))

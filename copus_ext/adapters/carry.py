@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.training.initialize import _set_random_seed
 
 from copus_ext.adapters.job import Job
-from copus_ext.adapters.job_state import inner_optimizers
+from copus_ext.adapters.optimizer_shards import inner_optimizers
 
 _NEVER_STEPPED = -1
 _SEED_RANGE = 2**31 - 2**20  # upstream adds small numbers per rank, and numpy's seeds end at 2^32

@@ -20,12 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.utils import unwrap_model
 
 from copus_ext.adapters.exchange import Piece
 from copus_ext.adapters.job import Job
+from copus_ext.adapters.optimizer_shards import Shard, UnknownOptimizer, optimizer_shards
 from copus_ext.core.geometry import Box, flat_range_boxes, intersect, shift, strides
 from copus_ext.core.transfer import Holding
 
@@ -73,14 +72,6 @@ class LocalBox(NamedTuple):
     start: tuple[int, ...]
 
 
-class Shard(NamedTuple):
-    """What the optimizer on this rank keeps for flat range ``[first, ...)`` of a parameter: its main parameter."""
-
-    optimizer: torch.optim.Optimizer
-    main: torch.Tensor
-    first: int
-
-
 def uncovered(args: argparse.Namespace) -> str | None:
     """Why a job with these validated arguments cannot be moved; None where it can."""
     flags = [flag for name, flag in _UNCOVERED.items() if getattr(args, name, False)]
@@ -98,12 +89,6 @@ def moment_names(args: argparse.Namespace) -> tuple[str, ...]:
     return _MOMENTS[args.optimizer]
 
 
-def inner_optimizers(optimizer: Any) -> list[Any]:
-    """Upstream's optimizers of this rank that have parameters: one, or one each for dense and expert parameters."""
-    every = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [one for one in every if not getattr(one, "is_stub_optimizer", False)]
-
-
 def job_state(job: Job, *, with_moments: bool) -> JobState:
     """Everything of ``job`` on this rank that has to be in another layout too.
 
@@ -114,7 +99,7 @@ def job_state(job: Job, *, with_moments: bool) -> JobState:
     Raises:
         UnsupportedReshard: a tensor that cannot be placed in logical coordinates.
     """
-    state, shards = JobState(), optimizer_shards(job.optimizer)
+    state, shards = JobState(), _shards(job.optimizer)
     names = moment_names(job.args) if with_moments else ()
     seen: set[int] = set()
     for entry in _entries(job):
@@ -176,26 +161,11 @@ def _local_box(entry: ShardedTensor, start: tuple[int, ...]) -> LocalBox:
     return LocalBox(f"{entry.key}{place}", Box(tuple(entry.global_offset[prepended:]), tuple(entry.data.shape)), start)
 
 
-def optimizer_shards(optimizer: Any) -> dict[int, Shard]:
-    """What this rank's part of ``optimizer`` keeps, by ``id`` of the model's parameter."""
-    return {id(parameter): shard for one in inner_optimizers(optimizer) for parameter, shard in _shards_of(one)}
-
-
-def _shards_of(wrapper: Any) -> Iterator[tuple[torch.Tensor, Shard]]:
-    inner = wrapper.optimizer
-    if isinstance(wrapper, DistributedOptimizer):
-        for parameter in wrapper.model_param_gbuf_map:
-            group, place = wrapper.model_param_group_index_map[parameter]
-            main = inner.param_groups[group]["params"][place]
-            yield parameter, Shard(inner, main, wrapper._get_model_param_range_map(parameter)["param"].start)
-    elif isinstance(wrapper, Float16OptimizerWithFloat16Params):
-        for half, full in zip(wrapper.float16_groups, wrapper.fp32_from_float16_groups, strict=True):
-            yield from ((p, Shard(inner, main, 0)) for p, main in zip(half, full, strict=True))
-        yield from ((p, Shard(inner, p, 0)) for group in wrapper.fp32_from_fp32_groups for p in group)
-    elif isinstance(wrapper, FP32Optimizer):
-        yield from ((p, Shard(inner, p, 0)) for group in inner.param_groups for p in group["params"])
-    else:
-        raise UnsupportedReshard(f"the state of a {type(wrapper).__name__} cannot be moved between layouts yet")
+def _shards(optimizer: Any) -> dict[int, Shard]:
+    try:
+        return optimizer_shards(optimizer)
+    except UnknownOptimizer as error:
+        raise UnsupportedReshard(f"{error}, and cannot be moved between layouts yet") from error
 
 
 def _weight(tensor: torch.Tensor, shard: Shard | None) -> Piece | None:

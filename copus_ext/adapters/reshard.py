@@ -22,11 +22,11 @@ from copus_ext.adapters.job import Job
 from copus_ext.adapters.job_state import (
     JobState,
     UnsupportedReshard,
-    inner_optimizers,
     job_state,
     moment_names,
     uncovered,
 )
+from copus_ext.adapters.optimizer_shards import inner_optimizers
 from copus_ext.adapters.phases import Phases
 from copus_ext.core.plan import Layout
 from copus_ext.core.transfer import Holding, TransferPlan, plan_transfer

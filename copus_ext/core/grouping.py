@@ -82,6 +82,16 @@ def why_unmeasurable(shape: StepShape, estimator: str = AUTO) -> str | None:
     return None
 
 
+def why_unmeasurable_in_a_run(shape: StepShape, estimator: str = AUTO) -> str | None:
+    """The same for a run, which corrects norm layers by full measurements and so has to be able to make them."""
+    return why_unmeasurable(shape, _in_full(estimator))
+
+
+def _in_full(estimator: str) -> str:
+    """Who reads the whole gradient in a run with that estimator."""
+    return AUTO if estimator == LAYERNORM else estimator
+
+
 def _because(reason: str) -> str:
     return f"the noise scale can't be measured: {reason}"
 
@@ -89,12 +99,15 @@ def _because(reason: str) -> str:
 def why_avoided(plan: Plan, base: Plan, estimator: str = AUTO) -> str | None:
     """Why an adaptive run keeps away from a plan that could run: there it would learn too little about the noise.
 
-    A run whose own flags rule out measuring has nothing to lose: then every plan is allowed.
+    A run whose own flags rule out measuring has nothing to lose: then every plan is allowed. And one whose own plan has
+    few groups may have as few under others.
     """
+    estimator = _in_full(estimator)
     if why_unmeasurable(StepShape.of(base), estimator) is not None:
         return None
-    shape = StepShape.of(plan)
-    if grouping_of(shape, estimator).dense_groups < min(MIN_GROUPS, plan.global_batch):
-        micro_batches = plan.layout.dp * plan.num_microbatches
-        return f"{micro_batches} micro-batches a step are too few groups to measure the noise scale well"
-    return why_unmeasurable(shape, estimator)
+    if reason := why_unmeasurable(StepShape.of(plan), estimator):
+        return reason
+    groups, of_base = (grouping_of(StepShape.of(p), estimator).dense_groups for p in (plan, base))
+    if groups < min(MIN_GROUPS, of_base, plan.global_batch):
+        return f"{groups} groups a step are too few to measure the noise scale well"
+    return None

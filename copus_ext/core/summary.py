@@ -48,6 +48,7 @@ class Summary:
     changes: tuple[Event, ...]  # decisions for another plan
     stays: int
     switches: tuple[Event, ...]
+    checks: tuple[Event, ...]  # of switches of the layout: whether N and S went on
     faults: tuple[Event, ...]
     resumes: tuple[int, ...]
     source: str | None
@@ -88,6 +89,7 @@ def summarise(events: Iterable[Event], source: str | Path | None = None) -> Summ
         changes=changes,
         stays=len(decisions) - len(changes),
         switches=tuple(kinds.get("switch", [])),
+        checks=tuple(kinds.get("switch_check", [])),
         faults=tuple(kinds.get("fault", [])),
         resumes=tuple(start["resumed_from"] for start in starts if start.get("resumed_from") is not None),
         source=None if source is None else str(source),
@@ -214,7 +216,17 @@ def _switch_lines(summary: Summary) -> list[str]:
         exact = {True: "exact", False: "NOT EXACT", None: "exactness not checked"}[switch.get("exact")]
         spent = f"{switch_seconds(switch.get('seconds') or {}):.2f} s"
         lines.append(_entry("", f"step {switch['iteration']}: {spent}, {_format_moved(switch)}{exact}"))
-    return lines
+    return lines + _check_lines(summary)
+
+
+def _check_lines(summary: Summary) -> list[str]:
+    """Whether |G|^2 and tr(Sigma) went on after switches of the layout as before them."""
+    if not summary.checks:
+        return []
+    suspect = [check for check in summary.checks if check.get("suspect")]
+    text = f"gradients compared before and after: {len(summary.checks)}, {len(suspect) or 'none'} suspect"
+    sigmas = [f"step {c['iteration']}: {c['z_n']:+.1f} and {c['z_s']:+.1f} sigma" for c in suspect]
+    return [_entry("", text), *(_entry("", line) for line in sigmas)]
 
 
 def _format_moved(switch: Event) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from copus_ext.core.errors import UserError
-from copus_ext.core.grouping import ADAM, AUTO, ESTIMATORS, LAYERNORM
+from copus_ext.core.grouping import ADAM, AUTO, ESTIMATORS, LAYERNORM, StepShape, why_unmeasurable_in_a_run
 from copus_ext.core.learning_rate import LR_RULES, learning_rate_factor
 from copus_ext.core.plan import Plan
 from copus_ext.core.policy import POLICIES, Policy, make_policy
@@ -141,7 +141,7 @@ def config_from_args(args: argparse.Namespace, base: Plan) -> CopusConfig:
     """
     schedule = parse_schedule(args.copus_schedule, base) if args.copus_schedule is not None else None
     policy = make_policy(args.copus_policy, schedule, args.copus_dwell_steps, args.copus_max_growth)
-    return CopusConfig(
+    config = CopusConfig(
         policy_name=args.copus_policy,
         policy=policy,
         base=base,
@@ -153,6 +153,16 @@ def config_from_args(args: argparse.Namespace, base: Plan) -> CopusConfig:
         noise_estimator=args.copus_gns_estimator,
         noise_half_life_tokens=half_life_tokens(args, base.global_batch),
     )
+    _check_measurable(config)
+    return config
+
+
+def _check_measurable(config: CopusConfig) -> None:
+    """An estimator that was asked for must be able to read something; ``auto`` may find nothing to be read."""
+    reasons = [why_unmeasurable_in_a_run(StepShape.of(p), config.noise_estimator) for p in config.named_plans]
+    if config.noise_estimator != AUTO and all(reasons):
+        plan, name = config.named_plans[0], config.noise_estimator
+        raise UserError(f"--copus-gns-estimator {name}: under {plan} {reasons[0]}; use auto, or another plan")
 
 
 def half_life_tokens(args: argparse.Namespace, global_batch: int) -> float:
@@ -186,6 +196,11 @@ def check_estimator(args: argparse.Namespace) -> None:
         )
     if name == ADAM and args.optimizer != "adam":
         raise UserError(f"--copus-gns-estimator adam needs --optimizer adam, not {args.optimizer}; use auto")
+    for other in ("use_precision_aware_optimizer", "optimizer_cpu_offload"):
+        if name == ADAM and getattr(args, other):
+            raise UserError(
+                f"--copus-gns-estimator adam can't read the second moments of --{other.replace('_', '-')}; use auto"
+            )
 
 
 def _check_length(args: argparse.Namespace) -> None:

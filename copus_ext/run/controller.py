@@ -13,7 +13,7 @@ import torch.distributed as dist
 from copus_ext.adapters.job import Job
 from copus_ext.adapters.noise.gradient_noise import GradientNoise
 from copus_ext.core.decision import Decision, Situation
-from copus_ext.core.grouping import StepShape, why_unmeasurable
+from copus_ext.core.grouping import StepShape, why_unmeasurable_in_a_run
 from copus_ext.core.noise_tracker import MeasuredStep
 from copus_ext.core.plan import Plan
 from copus_ext.run.config import CopusConfig
@@ -150,6 +150,6 @@ class Controller(Observer):
 
 def _meter_of(job: Job, estimator: str) -> NoiseMeter:
     """What measures the steps of ``job``; nothing where its plan does not let them be measured."""
-    if why_unmeasurable(StepShape.of(job.plan), estimator):
+    if why_unmeasurable_in_a_run(StepShape.of(job.plan), estimator):
         return NoMeter()
     return GradientMeter(partial(GradientNoise.of_job, job), estimator, job.args.optimizer, job.args.seq_length)

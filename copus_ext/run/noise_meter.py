@@ -12,6 +12,7 @@ from copus_ext.core.noise_scale import StepEstimate, training_temperature
 from copus_ext.core.noise_tracker import MeasuredStep
 
 _STEPS_BETWEEN_FULL = 16  # of which one is measured in full, where all are measured by their norm layers
+_FULL_AT_FIRST = 8  # all of these: a correction needs as many before it is worth anything
 
 
 class NoiseMeter(Protocol):
@@ -61,7 +62,7 @@ class _Pending(NamedTuple):
 
 
 class GradientMeter:
-    """Measures every step by one collector, and with ``layernorm`` every 16th in full besides."""
+    """Measures every step by one collector; with ``layernorm`` the first 8 and every 16th in full besides."""
 
     def __init__(
         self, collector_of: Callable[[str], GradientNoise], estimator: str, optimizer: str, seq_length: int
@@ -70,6 +71,7 @@ class GradientMeter:
         self._every = collector_of(estimator)
         self._full = collector_of(AUTO) if estimator == LAYERNORM else None
         self._full_attached = False
+        self._steps = 0
         self.estimator = self._every.grouping.estimator
         self._optimizer, self._seq_length = optimizer, seq_length
         self._pending: list[_Pending] = []
@@ -91,7 +93,8 @@ class GradientMeter:
         self._pending.append(_Pending(iteration, temperature, self._full_attached))
         if self._full is not None and self._full_attached:
             self._full_estimates += self._full.step(grad_norm)
-        self._attach_full((iteration + 1) % _STEPS_BETWEEN_FULL == 0)
+        self._steps += 1
+        self._attach_full(self._steps < _FULL_AT_FIRST or (iteration + 1) % _STEPS_BETWEEN_FULL == 0)
         return self._told(self._every.step(grad_norm))
 
     def flush(self) -> list[MeasuredStep]:

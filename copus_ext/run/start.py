@@ -34,30 +34,31 @@ _CPU_FLAGS = {  # what upstream must be told where there is no accelerator; by a
 
 def main() -> int:
     """Run the program; its exit status."""
-    _prepare_environment()
+    prepare_environment()
     try:
         from megatron.patches import apply_all
 
         apply_all()
-        raw = _parse()
+        raw = parse()
         return _run(raw)
     except UserError as error:
-        return _refuse(error)
+        return refuse("pretrain_gpt_copus.py", error)
 
 
-def _refuse(error: UserError) -> int:
-    """Say what is wrong, once. The launcher kills all ranks when the first one ends, so the others let rank 0 speak.
+def refuse(program: str, error: UserError) -> int:
+    """Say what is wrong, once; the exit status.
 
-    Who is not killed meanwhile saw something that rank 0 did not, such as files that are missing on one node.
+    The launcher kills all ranks when the first one ends, so the others let rank 0 speak. Who is not killed meanwhile
+    saw something that rank 0 did not, such as files that are missing on one node.
     """
     rank = os.environ["RANK"]
     if rank != "0":
         time.sleep(_LET_RANK_0_SPEAK_S)
-    print(f"pretrain_gpt_copus.py: {error}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr, flush=True)
+    print(f"{program}: {error}" + (f" (rank {rank})" if rank != "0" else ""), file=sys.stderr, flush=True)
     return BAD_INPUT
 
 
-def _prepare_environment() -> None:
+def prepare_environment() -> None:
     """What must be set before torch is imported. Without torchrun, this is a job of one rank."""
     for noise in ({"module": r"megatron\..*"}, {"message": ".*pin_memory.*"}, {"category": SyntaxWarning}):
         warnings.filterwarnings("ignore", **noise)  # upstream's, of GPU libraries that are not there
@@ -71,13 +72,18 @@ def _prepare_environment() -> None:
         os.environ.update({**single, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
 
 
-def _parse() -> argparse.Namespace:
+def parse() -> argparse.Namespace:
+    """Upstream's arguments and ours before validation, fit for this machine.
+
+    Raises:
+        UserError: a flag that is not known, or data that are not there.
+    """
     from megatron.training.arguments import parse_args
 
     from copus_ext.run.config import add_arguments
 
     raw = parse_args(lambda parser: _made_readable(add_arguments(parser)))
-    _set_cpu_flags(raw)
+    set_cpu_flags(raw)
     _gather_outputs(raw)
     _check_data(raw)
     return raw
@@ -102,14 +108,14 @@ def _made_readable(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def _gather_outputs(raw: argparse.Namespace) -> None:
     """What a run writes goes under ``--copus-dir``, unless upstream's own flags say otherwise."""
-    if raw.no_copus:
+    if raw.no_copus and not raw.log_gradient_noise_scale:
         return
     raw.tensorboard_dir = raw.tensorboard_dir or os.path.join(raw.copus_dir, "tensorboard")
-    if raw.save is None and (raw.save_interval or raw.exit_signal_handler):
+    if raw.save is None and not raw.no_copus and (raw.save_interval or raw.exit_signal_handler):
         raw.save = os.path.join(raw.copus_dir, "checkpoints")
 
 
-def _set_cpu_flags(raw: argparse.Namespace) -> None:
+def set_cpu_flags(raw: argparse.Namespace) -> None:
     """Where there is no accelerator, set the flags that upstream needs there, and say so in one line."""
     import torch
     from megatron.core.transformer.enums import AttnBackend

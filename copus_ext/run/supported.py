@@ -30,6 +30,8 @@ _NOT_WITH_COPUS = {  # what ties a job to the layout it was built with, or its s
     "decrease_batch_size_if_needed": "--decrease-batch-size-if-needed",
     "iterations_to_skip": "--iterations-to-skip",
     "optimizer_cuda_graph": "--optimizer-cuda-graph",
+    "delay_wgrad_compute": "--delay-wgrad-compute",  # gradients that autograd's hooks never see
+    "overlap_moe_expert_parallel_comm": "--overlap-moe-expert-parallel-comm",
 }
 
 

@@ -22,7 +22,7 @@ _EXPERT_STRIDE = 7_919
 
 def _seed_layers() -> None:
     from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
-    from megatron.training import get_args
+    from megatron.training import global_vars
 
     build = TransformerLayer.__init__
 
@@ -30,12 +30,13 @@ def _seed_layers() -> None:
     def build_from_own_seed(
         self: Any, config: Any, submodules: Any, layer_number: int = 1, *args: Any, **kwargs: Any
     ) -> None:
-        if config.use_cpu_initialization:
+        args_of_run = global_vars._GLOBAL_ARGS  # none in a training loop of one's own, which seeds as it likes
+        if config.use_cpu_initialization and args_of_run is not None:
             groups, vp_stage = kwargs.get("pg_collection"), kwargs.get("vp_stage")
             offset = get_transformer_layer_offset(config, vp_stage, groups.pp.rank() if groups else None)
             numbered_already = kwargs.get("is_mtp_layer") or not kwargs.get("add_layer_offset", True)
             number = layer_number + (0 if numbered_already else offset)
-            torch.manual_seed(get_args().seed + _LAYER_STRIDE * number)
+            torch.manual_seed(args_of_run.seed + _LAYER_STRIDE * number)
         build(self, config, submodules, layer_number, *args, **kwargs)
 
     TransformerLayer.__init__ = build_from_own_seed

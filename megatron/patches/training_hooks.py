@@ -1,6 +1,6 @@
 """Where a driver looks into upstream's training loop, and where it may end a segment.
 
-``train()`` has no callbacks. It calls five functions by their module-level names; these are wrapped to tell an observer
+``train()`` has no callbacks. It calls some functions by their module-level names; these are wrapped to tell an observer
 what happened. Without an observer they do what upstream does.
 """
 
@@ -48,7 +48,7 @@ class Observer:
         """After the log line of a step, before its evaluation and checkpoint."""
 
     def on_eval(self, losses: dict[str, Any]) -> None:
-        """After an evaluation; empty where the loss is not known."""
+        """After an evaluation on a validation set; empty where the loss is not known."""
 
     def on_checkpoint(self, iteration: int) -> None:
         """After a checkpoint was handed to the writer."""
@@ -125,6 +125,17 @@ def _told_of_evaluations(evaluate: Any) -> Any:
     return wrapper
 
 
+def _untold_of_tests(evaluate_and_print_results: Any) -> Any:
+    """The evaluation on a test set, which ``pretrain()`` adds at the end, is none of training."""
+
+    @functools.wraps(evaluate_and_print_results)
+    def wrapper(prefix: str, *args: Any, **kwargs: Any) -> Any:
+        with observing(Observer()) if prefix.endswith("test set") else contextlib.nullcontext():
+            return evaluate_and_print_results(prefix, *args, **kwargs)
+
+    return wrapper
+
+
 def _told_of_checkpoints(save: Any) -> Any:
     @functools.wraps(save)
     def wrapper(iteration: int, *args: Any, **kwargs: Any) -> Any:
@@ -152,6 +163,7 @@ def apply() -> None:
     training.train_step = _announced_and_timed(training.train_step, clock)
     training.training_log = _told_of_steps(training.training_log, clock)
     training.evaluate = _told_of_evaluations(training.evaluate)
+    training.evaluate_and_print_results = _untold_of_tests(training.evaluate_and_print_results)
     training.save_checkpoint_and_time = _told_of_checkpoints(training.save_checkpoint_and_time)
     training.write_args_to_tensorboard = _only_once(training.write_args_to_tensorboard)
 
@@ -163,6 +175,7 @@ PATCH = Patch(
         "megatron.training.training.train_step",
         "megatron.training.training.training_log",
         "megatron.training.training.evaluate",
+        "megatron.training.training.evaluate_and_print_results",
         "megatron.training.training.save_checkpoint_and_time",
         "megatron.training.initialize.write_args_to_tensorboard",
     ),

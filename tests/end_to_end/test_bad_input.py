@@ -14,6 +14,7 @@ from tests.ranks.harness import run_ranks
 
 ROOT = Path(__file__).parents[2]
 RUN = MODEL + TRAINING + BATCHES
+PLAIN = "--no-copus --log-gradient-noise-scale "
 CASES = {
     "unknown policy": (MOCK + "--copus-policy best", (), "--copus-policy best"),
     "schedule with an impossible plan": (
@@ -53,6 +54,57 @@ CASES = {
     "a job of another kind": (MOCK + "--sft", (), "--sft"),
     "a flag that ties a job to its layout": (MOCK + "--use-megatron-fsdp", (), "--use-megatron-fsdp"),
     "samples dealt by layout": (MOCK + "--dataloader-type cyclic", (), "--dataloader-type"),
+    "unknown estimator": (MOCK + "--copus-gns-estimator best", (), "--copus-gns-estimator best"),
+    "second moments of another optimizer": (
+        MOCK + "--copus-gns-estimator adam --optimizer sgd",
+        (),
+        "--copus-gns-estimator adam",
+    ),
+    "groups of one data-parallel rank": (
+        MOCK + "--copus-gns-estimator dp-groups --pipeline-model-parallel-size 4",
+        (),
+        "--copus-gns-estimator dp-groups",
+    ),
+    "a schedule without a plan that can be measured": (
+        MOCK + "--copus-gns-estimator dp-groups --copus-policy schedule",
+        ("--copus-schedule", "0:tp4 80:pp4"),
+        "--copus-gns-estimator dp-groups",
+    ),
+    "plain Megatron, unknown estimator": (
+        MOCK + PLAIN + "--copus-gns-estimator best",
+        (),
+        "--copus-gns-estimator best",
+    ),
+    "plain Megatron, second moments of another optimizer": (
+        MOCK + PLAIN + "--copus-gns-estimator adam --optimizer sgd",
+        (),
+        "--copus-gns-estimator adam",
+    ),
+    "plain Megatron, groups of one data-parallel rank": (
+        MOCK + PLAIN + "--copus-gns-estimator dp-groups --tensor-model-parallel-size 4",
+        (),
+        "--copus-gns-estimator dp-groups",
+    ),
+    "plain Megatron, one micro-batch a step": (
+        MOCK + PLAIN + "--pipeline-model-parallel-size 4 --micro-batch-size 8",
+        (),
+        "--log-gradient-noise-scale",
+    ),
+    "plain Megatron, norm layers that can't be corrected": (
+        MOCK + PLAIN + "--copus-gns-estimator layernorm --pipeline-model-parallel-size 4 --micro-batch-size 8",
+        (),
+        "--copus-gns-estimator layernorm",
+    ),
+    "plain Megatron, gradients that nobody sees": (
+        MOCK + PLAIN + "--cuda-graph-impl local",
+        (),
+        "--cuda-graph-impl local",
+    ),
+    "plain Megatron, a half-life of nothing": (
+        MOCK + PLAIN + "--copus-noise-half-life-tokens 0",
+        (),
+        "--copus-noise-half-life-tokens",
+    ),
     "unknown rule for the learning rate": (MOCK + "--copus-lr-rule cube", (), "--copus-lr-rule"),
 }
 

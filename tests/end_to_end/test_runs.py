@@ -125,7 +125,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, whole: P
     assert [s["plan"] for s in steps[0]] == [s["plan"] for s in steps[1]]
     assert events_of(parts, "run_start")[-1]["resumed_from"] == stop_at
     state = json.loads((saved / f"iter_{stop_at:07d}" / "copus_state.json").read_text())
-    assert state["noise"]["steps"] == stop_at
+    assert state["noise"]["smoothed"]["steps"] == stop_at
     last = len(steps[0])
     assert (saved / f"iter_{last:07d}" / "copus_state.json").exists()
     assert events_of(parts, "eval")[-1]["iteration"] == last

@@ -42,6 +42,28 @@ def one_step(job: Any, first_sample: int) -> Step:
     return Step(loss, grad_norm)
 
 
+def pass_thrown_away(job: Any, first_sample: int) -> None:
+    """Gradients of a global batch, accumulated and reduced, and no step taken with them."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+    from megatron.core.rerun_state_machine import RerunDataIterator, get_rerun_state_machine
+
+    from copus_ext.run import gpt
+
+    iterator = RerunDataIterator(iter(_my_batches(job, first_sample)))
+    while get_rerun_state_machine().should_run_forward_backward(iterator):
+        for chunk in job.model:
+            chunk.zero_grad_buffer()
+        get_forward_backward_func()(
+            forward_step_func=gpt.forward_step,
+            data_iterator=iterator,
+            model=job.model,
+            num_microbatches=job.plan.num_microbatches,
+            seq_length=job.args.seq_length,
+            micro_batch_size=job.plan.micro_batch,
+            forward_only=False,
+        )
+
+
 def _my_batches(job: Any, first_sample: int) -> list[dict[str, Any]]:
     """This data-parallel rank's micro-batches, dealt as upstream's sampler deals them."""
     from tests.ranks.tiny import random_batches

@@ -195,3 +195,28 @@ def expert_positions(flags: str) -> Any:
     args, _, groups = start_upstream(raw_arguments(flags), plan)
     model: Any = build_job(plan, args, groups).model[0].module
     return np.concatenate([np.full(p.numel(), ".experts." in name) for name, p in model.named_parameters()])
+
+
+def with_and_without_a_rerun(layout: Layout, estimator: str) -> list[Pair]:
+    """N and S of a step, and of the same one after a pass whose gradients upstream threw away."""
+    from copus_ext.adapters.job import build_job
+    from copus_ext.adapters.noise.gradient_noise import GradientNoise
+    from tests.ranks.stepping import one_step, pass_thrown_away
+    from tests.ranks.tiny import raw_arguments, start_upstream
+
+    plan = Plan(layout, 1, BATCH)
+    args, _, groups = start_upstream(raw_arguments(STILL), plan)
+    job = build_job(plan, args, groups)
+    estimates = []
+    for rerun in (False, True):
+        with GradientNoise.of_job(job, estimator, first_step=0) as collector:
+            if rerun:
+                pass_thrown_away(job, first_sample=100)
+            estimates += collector.step(one_step(job, first_sample=0).grad_norm) + collector.flush()
+    return [(estimate.N, estimate.S) for estimate in estimates]
+
+
+@pytest.mark.parametrize(("layout", "estimator"), [(Layout(dp=2), "dp-groups"), (Layout(pp=2), "sketch")])
+def test_a_pass_that_upstream_runs_again_counts_once(layout: Layout, estimator: str) -> None:
+    plain, rerun = run_ranks(2, with_and_without_a_rerun, layout, estimator)[0]
+    assert rerun == pytest.approx(plain, rel=1e-5)

@@ -49,3 +49,30 @@ def test_importing_the_core_loads_neither_torch_nor_megatron() -> None:
 
 def test_megatron_stays_a_namespace_package() -> None:
     assert not (PACKAGE.parent / "megatron" / "__init__.py").exists(), "it would hide the installed megatron.core"
+
+
+def test_a_training_loop_of_ones_own_need_not_have_megatron_training() -> None:
+    """``GradientNoise`` works with Megatron-Core alone."""
+    seen, todo = set(), ["copus_ext.adapters.noise.gradient_noise"]
+    while todo:
+        module = todo.pop()
+        path = PACKAGE.parent / Path(*module.split(".")).with_suffix(".py")
+        if module in seen or not path.exists():
+            continue
+        seen.add(module)
+        names = names_imported_at_run_time(path)
+        assert not any(name.startswith("megatron.training") for name in names), module
+        todo += names
+    assert "copus_ext.adapters.noise.adam" in seen, "the search went nowhere"
+
+
+def names_imported_at_run_time(path: Path) -> set[str]:
+    """What importing a file imports: neither what is there for type checkers nor what its functions import."""
+    statements = ast.parse(path.read_text()).body
+    found: set[str] = set()
+    for node in statements:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found

@@ -7,7 +7,14 @@ from dataclasses import replace
 import pytest
 
 from copus_ext.core.errors import UserError
-from copus_ext.core.grouping import MIN_GROUPS, StepShape, grouping_of, why_avoided, why_unmeasurable
+from copus_ext.core.grouping import (
+    MIN_GROUPS,
+    StepShape,
+    grouping_of,
+    why_avoided,
+    why_unmeasurable,
+    why_unmeasurable_in_a_run,
+)
 from copus_ext.core.memory import peak_bytes
 from copus_ext.core.model_shape import ModelShape
 from copus_ext.core.plan import Layout, Plan
@@ -60,6 +67,22 @@ def test_plans_that_hide_the_noise_are_avoided_unless_the_flags_hide_it_anyway()
     assert why_avoided(Plan(Layout(pp=4), 8, 16), BASE), "two groups where there could be four"
     assert why_avoided(Plan(Layout(pp=4), 4, 16), BASE) is None
     assert why_avoided(Plan(Layout(pp=4), 8, 16), one_group) is None
+
+
+def test_an_estimator_that_was_asked_for_keeps_a_run_where_it_can_read() -> None:
+    base, pipeline = Plan(Layout(dp=2, tp=2), 1, 8), Plan(Layout(tp=2, pp=2), 1, 8)
+    assert "two data-parallel ranks" in (why_avoided(pipeline, base, "dp-groups") or "")
+    assert why_avoided(pipeline, base, "slices") is None
+    assert why_avoided(base, base, "dp-groups") is None, "a run is not kept away from its own plan"
+    assert why_avoided(base.with_batch(2), base, "dp-groups") is None, "as many groups as in its own plan"
+    assert "2 groups" in (why_avoided(base, Plan(Layout(dp=4), 1, 8), "dp-groups") or "")
+
+
+def test_norm_layers_are_measured_where_they_can_be_corrected() -> None:
+    one_micro_batch = StepShape.of(Plan(Layout(tp=4), 8, 8))
+    assert why_unmeasurable(one_micro_batch, "layernorm") is None, "eight sequences are eight groups"
+    assert "one micro-batch" in (why_unmeasurable_in_a_run(one_micro_batch, "layernorm") or "")
+    assert why_avoided(Plan(Layout(tp=4), 8, 8), Plan(Layout(dp=4), 1, 8), "layernorm")
 
 
 def test_memory_of_the_state_is_eighteen_bytes_a_parameter_in_bf16() -> None:

@@ -112,3 +112,12 @@ def test_a_run_that_was_cut_short_is_summed_up_too() -> None:
 def test_no_events_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"no events in x\.jsonl"):
         summarise([], "x.jsonl")
+
+
+def test_gradients_that_did_not_go_on_after_a_switch_stand_out() -> None:
+    checks = [event("switch_check", 35, 30.0, z_n=0.4, z_s=-0.2, suspect=False)]
+    assert "before and after: 1, none suspect" in format_summary(summarise([*run(), *checks]))
+    checks.append(event("switch_check", 60, 40.0, z_n=0.4, z_s=-5.25, suspect=True))
+    text = format_summary(summarise([*run(), *checks]))
+    assert "before and after: 2, 1 suspect" in text
+    assert "step 60: +0.4 and -5.2 sigma" in text

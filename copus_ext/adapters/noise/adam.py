@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from copus_ext.adapters.job_state import optimizer_shards
 from copus_ext.adapters.noise.parameters import Counted, Kind
+from copus_ext.adapters.optimizer_shards import optimizer_shards
 
 _STEPS_BETWEEN_REFRESHES = 16
 _FLOOR = 0.01  # of the root mean square of all: an element that is hardly ever used must not rule the sum

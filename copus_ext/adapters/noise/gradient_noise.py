@@ -11,12 +11,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from copus_ext.adapters.job import Job
 from copus_ext.adapters.noise.adam import AdamFactors
 from copus_ext.adapters.noise.norm_layers import NormLayers
 from copus_ext.adapters.noise.overrides import override
@@ -36,6 +35,9 @@ from copus_ext.core.grouping import (
     why_unmeasurable,
 )
 from copus_ext.core.noise_scale import StepEstimate, step_estimate
+
+if TYPE_CHECKING:  # jobs know megatron.training, which a training loop of one's own does without
+    from copus_ext.adapters.job import Job
 
 _STEPS_BETWEEN_REDUCTIONS = 4
 
@@ -126,9 +128,9 @@ class GradientNoise:
         self._model, self._optimizer, self._step = model, optimizer, first_step
         self._ranks = groups.dp_cp.size()  # that a gradient is averaged over
         counted = [c for c in counted_parameters(model, groups) if c.kind is not Kind.DUPLICATE]
-        self._collector = self._make_collector(counted, groups, shape, seed)
-        params = [] if self.grouping.estimator == LAYERNORM else [param for param, _ in counted]
-        self._taps = GradientTaps(model, params, self._collector, num_microbatches, self._begin)
+        self.collector = self._make_collector(counted, groups, shape, seed)
+        self.params = [] if self.grouping.estimator == LAYERNORM else [param for param, _ in counted]
+        self._taps = GradientTaps(model, self.params, self.collector, num_microbatches, self._begin)
         self._steps: list[_Step] = []
         self._loss_scale = 1.0
         self._per_token_scale: float | torch.Tensor | None = None
@@ -150,14 +152,14 @@ class GradientNoise:
     def attach(self) -> GradientNoise:
         """Start reading. The model must not have a step under way."""
         self._wrap_scaling(self._model[0])
-        self._collector.attach()
+        self.collector.attach()
         self._taps.attach()
         return self
 
     def detach(self) -> None:
         """Stop reading and leave the model as it was."""
         self._taps.detach()
-        self._collector.detach()
+        self.collector.detach()
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
@@ -177,7 +179,7 @@ class GradientNoise:
         Returns:
             Estimates of this step and those before it, in order, when they have been added up; else none.
         """
-        self._collector.end(self._taps.complete())
+        self.collector.end(self._taps.complete())
         scale = 1.0 / self._ranks if self._per_token_scale is None else self._per_token_scale
         self._steps.append(_Step(scale / self._loss_scale, grad_norm))
         self._step += 1
@@ -190,7 +192,7 @@ class GradientNoise:
         """
         if not self._steps:
             return []
-        sums = self._collector.reduce().tolist()
+        sums = self.collector.reduce().tolist()
         estimates = [self._estimate(step, *its_sums) for step, its_sums in zip(self._steps, sums, strict=True)]
         self._steps.clear()
         return estimates
@@ -199,7 +201,7 @@ class GradientNoise:
         """Dense parameters and experts have groups of their own; squares of both add up."""
         scale = float(step.scale) ** 2
         mean_square = scale * dense[1]
-        if self._collector.needs_grad_norm:
+        if self.collector.needs_grad_norm:
             norm = float("nan") if step.grad_norm is None else step.grad_norm
             mean_square = norm**2 - scale * experts[1]
         parts = [self._part(self.grouping.dense_groups, scale * dense[0], mean_square)]
@@ -227,7 +229,7 @@ class GradientNoise:
         # Now: the optimizer may change it before the step is told of.
         self._loss_scale = float(self._optimizer.get_loss_scale()) if config.fp16 else 1.0
         self._per_token_scale = None
-        self._collector.begin(self._step)
+        self.collector.begin(self._step)
 
     def _wrap_scaling(self, chunk: Any) -> None:
         """With ``--calculate-per-token-loss`` gradients are sums until upstream divides by the number of tokens."""

@@ -41,7 +41,7 @@ class NormLayers:
         Raises:
             ValueError: no norm stands by itself in this model (Transformer Engine fuses them with linear layers).
         """
-        modules = [m for chunk in model for m in chunk.module.modules() if _is_norm(m)]
+        modules = [m for chunk in model for m in chunk.module.modules() if is_norm(m)]
         kinds = {id(param): kind for param, kind in counted}
         mine = [p for m in modules for p in m.parameters(recurse=False) if id(p) in kinds]
         if not modules:
@@ -89,12 +89,12 @@ class NormLayers:
         def after_forward(_: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, torch.Tensor) and output.requires_grad:  # not evaluation, not before a recompute
                 hidden = inputs[0].detach()
-                output.register_hook(lambda gradient: self._take(norm, hidden, gradient))
+                output.register_hook(lambda gradient: self.take(norm, hidden, gradient))
 
         return after_forward
 
     @torch.no_grad()
-    def _take(self, norm: _Norm, hidden: torch.Tensor, gradient: torch.Tensor) -> None:
+    def take(self, norm: _Norm, hidden: torch.Tensor, gradient: torch.Tensor) -> None:
         """[tokens, micro-batch, (heads,) hidden] before the norm, and the gradient behind it."""
         first = self._sequences.get(norm.module, 0)
         count = gradient.shape[1]
@@ -107,7 +107,8 @@ class NormLayers:
             self._features[first : first + count, norm.bias] = _per_sequence(gradient.float())
 
 
-def _is_norm(module: torch.nn.Module) -> bool:
+def is_norm(module: torch.nn.Module) -> bool:
+    """Whether a module is a normalisation layer by itself, with a weight that is trained."""
     weight = getattr(module, "weight", None)
     trainable = isinstance(weight, torch.nn.Parameter) and weight.dim() == 1 and weight.requires_grad
     return trainable and type(module).__name__.endswith("Norm")

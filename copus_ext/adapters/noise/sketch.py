@@ -1,14 +1,20 @@
 """Random linear sketches of gradients: a few numbers a matrix whose square norm is unbiased for the gradient's.
 
-A matrix G is contracted with random signs along one side: E |s'G|^2 = |G|^2 over the signs s, and since the sketch is
-linear, the difference of two sketches of what accumulates is the sketch of what was added between them. So slices of
-the accumulation window need no copy of the gradient. (After Alon, Matias and Szegedy 1996, "The space complexity of
-approximating the frequency moments", with one sign per row.) All groups of a step share its signs, and so does the
-mean gradient: N and S are those of the contracted gradients, and no exact norm is compared with a sketched one.
+A gradient G, seen as a matrix, is contracted with random signs s: E |s'G|^2 = |G|^2 over the signs, and since the
+sketch is linear, the difference of two sketches of what accumulates is the sketch of what was added between them. So
+slices of the accumulation window need no copy of the gradient. (After Alon, Matias and Szegedy 1996, "The space
+complexity of approximating the frequency moments", with one sign per row.) All groups of a step share its signs, and so
+does the mean gradient: N and S are those of the contracted gradients; no exact norm is compared with a sketched one.
+
+The matrix is not the parameter's own. The gradient of a linear layer has low rank: its rows resemble each other, and a
+sum of like rows with random signs has hardly a degree of freedom, however long they are. So the same numbers are cut
+into rows of an odd width, each of which begins at another place of the layer's rows, and they are no longer alike
+(``tests/unit/test_sketch.py`` has the difference).
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -16,10 +22,11 @@ from typing import NamedTuple, Protocol
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from copus_ext.adapters.noise.parameters import Counted
+from copus_ext.adapters.noise.parameters import Counted, Kind
 from copus_ext.adapters.noise.sums import ORDER, FeatureSums
 
-_LEAST = 64  # numbers in a sketch, where its parameter has as many
+_KEPT = 6  # vectors of features there are at a time: slices, and steps waiting to be reduced
+_LEAST = 128  # numbers in a sketch, where its parameter has as many
 
 
 class Preconditioner(Protocol):
@@ -33,17 +40,24 @@ class Preconditioner(Protocol):
         """A step begins; factors must not depend on its gradients."""
 
 
-class _Place(NamedTuple):
-    """Of a parameter: the matrix that is contracted along its first axis, with which signs, into which features."""
+class _Cut(NamedTuple):
+    """A parameter as a matrix, and what is left behind its last row. Views: they see what accumulates."""
 
-    matrix: torch.Tensor
-    factor: torch.Tensor | None
+    rows: torch.Tensor
+    rest: torch.Tensor
+
+
+class _Place(NamedTuple):
+    """Of a parameter: what is contracted, with which signs, into which features."""
+
+    gradient: _Cut
+    factor: _Cut | None
     signs: torch.Tensor
     features: list[torch.Tensor]  # by slice
 
 
 class Sketch:
-    """Reads gradients as sketches of a few numbers for each row or column, whichever are fewer."""
+    """Reads gradients as sketches, each about as long as the root of its parameter's size."""
 
     needs_grad_norm = False
 
@@ -58,13 +72,10 @@ class Sketch:
         """``seed``: the same on all ranks."""
         self.slices, self._seed, self._preconditioner = slices, seed, preconditioner
         device = counted[0].param.main_grad.device
-        shapes = [_matrix(param.main_grad).shape for param, _ in counted]
+        shapes = [_cut(param.main_grad).rows.shape for param, _ in counted]
         ends = _spans(counted, [shape[1] for shape in shapes])
         self._features = torch.zeros(slices, ends[-1].stop, device=device)
-        self._signs = {
-            kind: torch.empty(sum(shapes[i][0] for i, c in enumerate(counted) if c.kind is kind), device=device)
-            for kind in ORDER
-        }
+        self._signs = {kind: torch.empty(_signs(counted, shapes, kind), device=device) for kind in ORDER}
         self._random = torch.Generator(device)
         self._places = dict(self._lay_out(counted, shapes, ends))
         self._sums = FeatureSums(dict(zip(ORDER, ends, strict=True)), groups)
@@ -83,10 +94,12 @@ class Sketch:
     def read(self, index: int, number: int) -> None:
         """Sketch what parameter ``index`` has accumulated up to the end of slice ``number``."""
         place = self._places[index]
-        matrix = place.matrix if place.factor is None else place.matrix * place.factor
-        if matrix.dtype != torch.float32:
-            matrix = matrix.float()
-        torch.mv(matrix.t(), place.signs, out=place.features[number])
+        rows, rest = place.gradient
+        if place.factor is not None:
+            rows, rest = rows * place.factor.rows, rest * place.factor.rest
+        features = place.features[number]
+        torch.mv(rows.float().t(), place.signs, out=features)
+        features[: len(rest)] += rest  # its sign does not matter: the others' are random
 
     def attach(self) -> None:
         """No hooks of its own."""
@@ -111,16 +124,22 @@ class Sketch:
         self, counted: Sequence[Counted], shapes: Sequence[torch.Size], ends: Sequence[slice]
     ) -> Iterator[tuple[int, _Place]]:
         for kind, span in zip(ORDER, ends, strict=True):
-            sign, feature = 0, span.start
-            for index, (param, its_kind) in enumerate(counted):
-                if its_kind is not kind:
-                    continue
+            mine = [index for index, (_, its_kind) in enumerate(counted) if its_kind is kind]
+            start = span.start
+            for number, index in enumerate(mine):
                 rows, columns = shapes[index]
-                signs = self._signs[kind][sign : sign + rows]
-                features = [values[feature : feature + columns] for values in self._features]
-                factor = None if self._preconditioner is None else _matrix(self._preconditioner.factors[index])
-                yield index, _Place(_matrix(param.main_grad), factor, signs, features)
-                sign, feature = sign + rows, feature + columns
+                # Signs are shared, each parameter beginning one further on: no two see the same products of signs.
+                signs = self._signs[kind][number : number + rows]
+                features = [values[start : start + columns] for values in self._features]
+                factor = None if self._preconditioner is None else _cut(self._preconditioner.factors[index])
+                yield index, _Place(_cut(counted[index].param.main_grad), factor, signs, features)
+                start += columns
+
+
+def _signs(counted: Sequence[Counted], shapes: Sequence[torch.Size], kind: Kind) -> int:
+    """How many signs the parameters of a kind need, each beginning one further on than the one before."""
+    rows = [shape[0] for shape, (_, its_kind) in zip(shapes, counted, strict=True) if its_kind is kind]
+    return max(rows, default=0) + len(rows)
 
 
 def _spans(counted: Sequence[Counted], lengths: Sequence[int]) -> list[slice]:
@@ -133,12 +152,10 @@ def _spans(counted: Sequence[Counted], lengths: Sequence[int]) -> list[slice]:
     return spans
 
 
-def _matrix(tensor: torch.Tensor) -> torch.Tensor:
-    """A view [rows, columns] with few columns, but not too few: what is left when rows are contracted."""
-    if tensor.dim() < 2:
-        columns = _LEAST if tensor.numel() % _LEAST == 0 else tensor.numel()
-        return tensor.view(-1, columns)
-    matrix = tensor.view(tensor.shape[0], -1)
-    rows, columns = matrix.shape
-    few, many = min(rows, columns), max(rows, columns)
-    return matrix if columns == (few if few >= _LEAST else many) else matrix.t()
+def _cut(tensor: torch.Tensor) -> _Cut:
+    """Rows of the odd width for which signs and kept features together take about the least memory."""
+    size = tensor.numel()
+    width = min(size, max(_LEAST, math.isqrt(size // _KEPT)) | 1)
+    whole = size - size % width
+    flat = tensor.view(-1)
+    return _Cut(flat[:whole].view(-1, width), flat[whole:])

@@ -24,7 +24,7 @@ class Reader(Protocol):
         """Parameter ``index`` holds in ``main_grad`` what was accumulated up to the end of slice ``number``."""
 
 
-class _Tap:
+class Tap:
     """Counts the micro-batches of one parameter, and has it read at the end of each slice."""
 
     __slots__ = ("_index", "_micro_batches", "_next_end", "_reader", "_window", "number")
@@ -34,6 +34,7 @@ class _Tap:
         self.reset()
 
     def reset(self) -> None:
+        """A forward-backward pass begins."""
         self._micro_batches, self._next_end, self.number = 0, self._window, 0
 
     def accumulated(self, *_: Any) -> None:
@@ -72,7 +73,7 @@ class GradientTaps:
         """``params``: those to read, whose place in the sequence is the reader's index; ``on_begin``: a pass starts."""
         self._model, self._on_begin = model, on_begin
         window = num_microbatches // reader.slices
-        self._taps = {param: _Tap(index, reader, window) for index, param in enumerate(params)}
+        self._taps = {param: Tap(index, reader, window) for index, param in enumerate(params)}
         self._undo: list[Callable[[], Any]] = []
 
     def attach(self) -> None:

@@ -1,0 +1,1 @@
+"""What benchmarks under tools/ share."""

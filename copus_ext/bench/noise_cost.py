@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from copus_ext.adapters.job import Job
+from copus_ext.adapters.noise.bucket_norms import BucketNorms
 from copus_ext.adapters.noise.gradient_noise import GradientNoise
 from copus_ext.adapters.noise.norm_layers import NormLayers
 from copus_ext.adapters.noise.taps import Tap
@@ -157,6 +158,7 @@ def _watched(watch: _Stopwatch) -> Iterator[None]:
             (Tap, "accumulated"),
             (Tap, "about_to_reduce"),
             (NormLayers, "take"),
+            (BucketNorms, "_take"),
         ):
             stack.enter_context(mock.patch.object(owner, name, watch.timed(getattr(owner, name))))
         yield
@@ -164,7 +166,7 @@ def _watched(watch: _Stopwatch) -> Iterator[None]:
 
 def _count_reads(noise: GradientNoise, reads: list[int]) -> None:
     """Have the bytes of every gradient that is read put into ``reads``."""
-    collector, params = noise.collector, noise.params
+    collector, params = noise.collector, noise.collector.params
     read = collector.read
 
     def counted(index: int, number: int) -> None:

@@ -153,7 +153,7 @@ def test_the_same_samples_give_the_same_n_and_s_in_every_factorisation(world: in
         ("--overlap-grad-reduce", False),
         ("--overlap-grad-reduce --ddp-average-in-collective", False),
         ("--calculate-per-token-loss", False),
-        ("--clip-grad 0", False),
+        ("--clip-grad 0 --no-check-for-nan-in-loss-and-grad", False),
         ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", False),
         ("--bf16", True),
         ("--fp16 --initial-loss-scale 1024 --loss-scale-window 1", False),  # the scale doubles behind every step
@@ -184,6 +184,23 @@ def test_experts_have_groups_of_their_own(zero1: bool) -> None:
         experts = of_groups(gradients[:, is_expert], list(zip(shared, number, strict=True)))
         pair = seen_by_all(EXPERTS, [layout], 1, "slices")[0]
         assert pair == pytest.approx(np.add(dense, experts), rel=1e-3), str(layout)
+
+
+def test_data_parallel_groups_of_experts() -> None:
+    gradients = run_ranks(1, per_sequence_gradients, EXPERTS)[0]
+    is_expert = run_ranks(1, expert_positions, EXPERTS)[0]
+    dense = of_groups(gradients[:, ~is_expert], [s % 4 for s in range(BATCH)])
+    experts = of_groups(gradients[:, is_expert], [s % 4 // 2 for s in range(BATCH)])
+    pair = seen_by_all(EXPERTS, [Layout(dp=4, ep=2)], 1, "dp-groups")[0]
+    assert pair == pytest.approx(np.add(dense, experts), rel=1e-3)
+
+
+def test_data_parallel_groups_count_shared_and_parted_gradients_once() -> None:
+    sequence_parallel = replace(LAYOUTS["tp2"], sequence_parallel=True)
+    for flags, layout in (("", LAYOUTS["dp2"]), ("", LAYOUTS["tp2"]), (LLAMA, sequence_parallel)):
+        gradients = run_ranks(1, per_sequence_gradients, flags)[0]
+        pair = seen_by_all(flags, [layout], 1, "dp-groups")[0]
+        assert pair == pytest.approx(expected_step(gradients, layout, 1, "dp-groups"), rel=1e-3), str(layout)
 
 
 def expert_positions(flags: str) -> Any:

@@ -17,6 +17,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from copus_ext.adapters.noise.adam import AdamFactors
+from copus_ext.adapters.noise.bucket_norms import BucketNorms
 from copus_ext.adapters.noise.norm_layers import NormLayers
 from copus_ext.adapters.noise.overrides import override
 from copus_ext.adapters.noise.parameters import Counted, Kind, counted_parameters, holds_tied_embeddings
@@ -26,6 +27,7 @@ from copus_ext.adapters.noise.taps import GradientTaps
 from copus_ext.core.grouping import (
     ADAM,
     AUTO,
+    DP_GROUPS,
     LAYERNORM,
     MIN_GROUPS,
     SKETCH,
@@ -46,6 +48,7 @@ class Collector(Protocol):
     """Reads the gradients of a step's groups, and adds up their squares over all ranks."""
 
     slices: int
+    params: list[Any]  # whose accumulated gradients are to be read
     needs_grad_norm: bool  # the square of the dense parameters' sum is to come from upstream's gradient norm
 
     def attach(self) -> None:
@@ -127,10 +130,8 @@ class GradientNoise:
         self.batch = shape.dp * micro_batch_size * num_microbatches
         self._model, self._optimizer, self._step = model, optimizer, first_step
         self._ranks = groups.dp_cp.size()  # that a gradient is averaged over
-        counted = [c for c in counted_parameters(model, groups) if c.kind is not Kind.DUPLICATE]
-        self.collector = self._make_collector(counted, groups, shape, seed)
-        self.params = [] if self.grouping.estimator == LAYERNORM else [param for param, _ in counted]
-        self._taps = GradientTaps(model, self.params, self.collector, num_microbatches, self._begin)
+        self.collector = self._make_collector(counted_parameters(model, groups), groups, shape, seed)
+        self._taps = GradientTaps(model, self.collector.params, self.collector, num_microbatches, self._begin)
         self._steps: list[_Step] = []
         self._loss_scale = 1.0
         self._per_token_scale: float | torch.Tensor | None = None
@@ -216,6 +217,9 @@ class GradientNoise:
         self, counted: Sequence[Counted], groups: ProcessGroupCollection, shape: StepShape, seed: int
     ) -> Collector:
         kind, slices = self.grouping.estimator, self.grouping.slices
+        if kind == DP_GROUPS:
+            return BucketNorms(self._model, counted, groups)
+        counted = [one for one in counted if one.kind is not Kind.DUPLICATE]
         if kind == LAYERNORM:
             return NormLayers(self._model, counted, groups, shape.micro_batch * shape.num_microbatches)
         if kind == SKETCH:

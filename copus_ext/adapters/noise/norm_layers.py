@@ -41,6 +41,7 @@ class NormLayers:
         Raises:
             ValueError: no norm stands by itself in this model (Transformer Engine fuses them with linear layers).
         """
+        self.params: list[Any] = []  # of which accumulated gradients are read: none
         modules = [m for chunk in model for m in chunk.module.modules() if is_norm(m)]
         kinds = {id(param): kind for param, kind in counted}
         mine = [p for m in modules for p in m.parameters(recurse=False) if id(p) in kinds]

@@ -71,6 +71,7 @@ class Sketch:
     ) -> None:
         """``seed``: the same on all ranks."""
         self.slices, self._seed, self._preconditioner = slices, seed, preconditioner
+        self.params = [param for param, _ in counted]
         device = counted[0].param.main_grad.device
         shapes = [_cut(param.main_grad).rows.shape for param, _ in counted]
         ends = _spans(counted, [shape[1] for shape in shapes])

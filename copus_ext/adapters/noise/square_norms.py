@@ -1,22 +1,22 @@
-"""Exact square norms of data-parallel ranks' gradients, or of slices of their accumulation windows."""
+"""Exact square norms of slices of data-parallel ranks' accumulation windows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from copus_ext.adapters.noise.overrides import override
+from copus_ext.adapters.noise.experts import ReducedExperts
 from copus_ext.adapters.noise.parameters import Counted, Kind
+from copus_ext.adapters.noise.parts import Parts
 from copus_ext.adapters.noise.sums import CLASSES
 
 
 class SquareNorms:
-    """Reads gradients as square norms. With slices it keeps one more copy of them.
+    """Reads gradients as square norms. With more than one slice it keeps one more copy of them.
 
     What lies in parts on several ranks is added up in every step: exact, and costly for tied embeddings.
     """
@@ -26,7 +26,8 @@ class SquareNorms:
     def __init__(
         self, model: Sequence[Any], counted: Sequence[Counted], groups: ProcessGroupCollection, slices: int
     ) -> None:
-        self.slices, self._counted, self._groups = slices, counted, groups
+        self.slices, self._counted = slices, counted
+        self.params = [param for param, _ in counted]
         device = counted[0].param.main_grad.device
         self._squares = torch.zeros(len(counted), slices, device=device)
         experts = [index for index, (_, kind) in enumerate(counted) if kind is Kind.EXPERT]
@@ -34,26 +35,23 @@ class SquareNorms:
         self._previous = {
             index: torch.empty_like(param.main_grad) for index, (param, _) in enumerate(counted) if slices > 1
         }
-        self._parts: dict[tuple[int, int], torch.Tensor] = {}
+        self._parts = Parts([kind for _, kind in counted], groups)
         self._steps: list[torch.Tensor] = []
-        self._reduced_experts = _ReducedExperts(model, groups) if experts else None
+        self._reduced_experts = ReducedExperts(model, groups)
 
     def attach(self) -> None:
         """Hooks of this reader's own."""
-        if self._reduced_experts:
-            self._reduced_experts.attach()
+        self._reduced_experts.attach()
 
     def detach(self) -> None:
         """Take them away."""
-        if self._reduced_experts:
-            self._reduced_experts.detach()
+        self._reduced_experts.detach()
 
     def begin(self, step: int) -> None:
         """A step begins, whatever its number."""
         self._squares.zero_()
         self._parts.clear()
-        if self._reduced_experts:
-            self._reduced_experts.square.zero_()
+        self._reduced_experts.square.zero_()
 
     def read(self, index: int, number: int) -> None:
         """Take in what parameter ``index`` has accumulated since the end of the last slice."""
@@ -67,17 +65,16 @@ class SquareNorms:
             flat = gradient.reshape(-1).float()
             torch.dot(flat, flat, out=self._squares[index, number])
         else:
-            self._parts[index, number] = gradient.float().reshape(-1).clone()
+            self._parts.add(index, number, gradient)
 
     def end(self, valid: bool) -> None:
         """Keep the step; as not a number where it is not ``valid``. Collective where gradients lie in parts."""
         squares = self._squares.sum(1, dtype=torch.float64)
         experts = squares[self._experts].sum()
         result = torch.zeros(CLASSES, 2, dtype=torch.float64, device=squares.device)
-        result[0, 0] = squares.sum() - experts + self._squares_of_parts()
+        result[0, 0] = squares.sum() - experts + self._parts.squares()
         result[1, 0] = experts
-        if self._reduced_experts:
-            result[1, 1] = self._reduced_experts.square
+        result[1, 1] = self._reduced_experts.square
         self._steps.append(result if valid else result * float("nan"))
 
     def clear(self) -> None:
@@ -93,64 +90,3 @@ class SquareNorms:
         self.clear()
         dist.all_reduce(result)
         return result
-
-    def _squares_of_parts(self) -> torch.Tensor:
-        """Parts on several ranks are summed there first, then counted on one of them."""
-        total = torch.zeros((), dtype=torch.float64, device=self._squares.device)
-        groups = self._groups
-        for kind, group in ((Kind.SUM_OVER_TP, groups.tp), (Kind.MEAN_OVER_TP, groups.tp), (Kind.TIED, groups.embd)):
-            parts = [self._parts[key] for key in sorted(self._parts) if self._counted[key[0]].kind is kind]
-            if not parts:
-                continue
-            flat = torch.cat(parts)
-            dist.all_reduce(flat, group=group)
-            if kind is Kind.MEAN_OVER_TP:
-                flat /= group.size()
-            if group.rank() == 0:
-                total += torch.dot(flat, flat)
-        return total
-
-
-class _ReducedExperts:
-    """Square norm of the experts' summed gradients, read when their reduction has ended.
-
-    Upstream's gradient norm has dense parameters and experts in one number, and they have different groups.
-    """
-
-    def __init__(self, model: Sequence[Any], groups: ProcessGroupCollection) -> None:
-        self._bucket_groups = [group for chunk in model for group in chunk.expert_parallel_bucket_groups]
-        self._edp = groups.expt_dp
-        self._sharded = model[0].ddp_config.use_distributed_optimizer
-        # What reduction multiplies by: the sum of the accumulated gradients is wanted.
-        self._factor = 1.0 if model[0].config.calculate_per_token_loss else 1.0 / groups.dp_cp.size()
-        device = self._bucket_groups[0].buckets[0].grad_data.device
-        self.square = torch.zeros((), dtype=torch.float64, device=device)
-        self._undo: list[Callable[[], Any]] = []
-
-    def attach(self) -> None:
-        for group in self._bucket_groups:
-            self._wrap(group)
-
-    def detach(self) -> None:
-        for undo in reversed(self._undo):
-            undo()
-        self._undo.clear()
-
-    def _wrap(self, group: Any) -> None:
-        finish_grad_sync = group.finish_grad_sync
-
-        def finish_then_read(*args: Any, **kwargs: Any) -> Any:
-            result = finish_grad_sync(*args, **kwargs)
-            for part in self._reduced(group):
-                self.square += part.double().square().sum() / self._factor**2
-            return result
-
-        self._undo.append(override(group, "finish_grad_sync", finish_then_read))
-
-    def _reduced(self, group: Any) -> Iterator[torch.Tensor]:
-        """What this rank counts: its shard, or all of it on one of the ranks that hold the same."""
-        for bucket in group.buckets:
-            if self._sharded:
-                yield shard_buffer(bucket.grad_data, self._edp.size())[self._edp.rank()]
-            elif self._edp.rank() == 0:
-                yield bucket.grad_data

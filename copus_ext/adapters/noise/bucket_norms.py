@@ -1,0 +1,145 @@
+"""Square norms of data-parallel ranks' gradients at no cost: upstream takes them anyway, to look for NaN.
+
+With ``--check-for-nan-in-loss-and-grad``, which is upstream's default, DDP computes the norm of each bucket just before
+it reduces it. That is the gradient of this rank's group. Where upstream does not look, the norm is taken here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+
+from copus_ext.adapters.noise.experts import ReducedExperts
+from copus_ext.adapters.noise.overrides import override
+from copus_ext.adapters.noise.parameters import Counted, Kind
+from copus_ext.adapters.noise.parts import Parts
+from copus_ext.adapters.noise.sums import CLASSES
+
+_WHOLE = (Kind.OWN, Kind.EXPERT)
+
+
+class BucketNorms:
+    """Reads a whole bucket at a time, and by themselves only parameters that lie in parts on several ranks.
+
+    Those are added up in every step: exact, and costly for tied embeddings.
+    """
+
+    slices = 1
+    needs_grad_norm = True
+
+    def __init__(self, model: Sequence[Any], counted: Sequence[Counted], groups: ProcessGroupCollection) -> None:
+        """``counted``: all trainable parameters of the model."""
+        self._model = model
+        in_parts = [one for one in counted if one.kind not in (*_WHOLE, Kind.DUPLICATE)]
+        self.params = [param for param, _ in in_parts]
+        self._parts = Parts([kind for _, kind in in_parts], groups)
+        self._not_whole = {id(param) for param, kind in counted if kind not in _WHOLE}
+        device = counted[0].param.main_grad.device
+        self._squares = torch.zeros(CLASSES, dtype=torch.float64, device=device)
+        self._reduced_experts = ReducedExperts(model, groups)
+        self._steps: list[torch.Tensor] = []
+        self._undo: list[Callable[[], None]] = []
+
+    def attach(self) -> None:
+        """Be there when buckets are checked, or reduced."""
+        self._reduced_experts.attach()
+        for chunk in self._model:
+            for number, groups in enumerate((chunk.bucket_groups, chunk.expert_parallel_bucket_groups)):
+                for group in groups:
+                    self._watch(group, number)
+
+    def detach(self) -> None:
+        """Be there no longer."""
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+        self._reduced_experts.detach()
+
+    def begin(self, step: int) -> None:
+        """A step begins, whatever its number."""
+        self._squares.zero_()
+        self._parts.clear()
+        self._reduced_experts.square.zero_()
+
+    def read(self, index: int, number: int) -> None:
+        """Take in a parameter that lies in parts."""
+        self._parts.add(index, number, self.params[index].main_grad)
+
+    def end(self, valid: bool) -> None:
+        """Keep the step; as not a number where it is not ``valid``. Collective where gradients lie in parts."""
+        result = torch.zeros(CLASSES, 2, dtype=torch.float64, device=self._squares.device)
+        result[:, 0] = self._squares
+        result[0, 0] += self._parts.squares()
+        result[1, 1] = self._reduced_experts.square
+        self._steps.append(result if valid else result * float("nan"))
+
+    def clear(self) -> None:
+        """Forget the steps kept."""
+        self._steps.clear()
+
+    def reduce(self) -> torch.Tensor:
+        """Collective. [steps, 2 (dense, experts), 2]: square sum of the groups, and square of their sum.
+
+        The latter is left 0 for dense parameters: with the experts' it makes up upstream's own gradient norm.
+        """
+        result = torch.stack(self._steps)
+        self.clear()
+        dist.all_reduce(result)
+        return result
+
+    def _watch(self, group: Any, number: int) -> None:
+        """Take in each bucket of a group before it is scaled and reduced; ``number``: 0 for dense, 1 for experts."""
+        config = group.ddp_config
+        checked = config.check_for_nan_in_grad or config.check_for_large_grads
+        exact = all(bucket.grad_data.dtype == torch.float32 for bucket in group.buckets)
+        if checked and exact:
+            check_grads = group.check_grads
+
+            def check_and_take(*args: Any, **kwargs: Any) -> None:
+                for bucket, norm in zip(group.buckets, _norms_of(check_grads, args, kwargs), strict=True):
+                    self._take(bucket, norm, number)
+
+            self._undo.append(override(group, "check_grads", check_and_take))
+            return
+        start_grad_sync = group.start_grad_sync
+
+        def take_then_start(*args: Any, **kwargs: Any) -> Any:
+            if not (group.is_first_batch and group.grad_reduce_handle is not None):  # else it has started already
+                for bucket in group.buckets:
+                    norm = torch.linalg.vector_norm(bucket.grad_data, dtype=torch.float32)
+                    self._take(bucket, norm, number)
+            return start_grad_sync(*args, **kwargs)
+
+        self._undo.append(override(group, "start_grad_sync", take_then_start))
+
+    def _take(self, bucket: Any, norm: torch.Tensor, number: int) -> None:
+        """The square of a bucket's norm, without what is counted elsewhere."""
+        square = norm.double().square()
+        for param in bucket.params_list:
+            if id(param) in self._not_whole:
+                square = square - param.main_grad.double().square().sum()
+        self._squares[number] += square
+
+
+def _norms_of(check_grads: Callable[..., Any], args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The norms that upstream checks, in the order of the buckets; each is checked in several ways."""
+    norms: dict[int, torch.Tensor] = {}
+    machine = get_rerun_state_machine()
+    validate_result = machine.validate_result
+
+    def noted(*positional: Any, **named: Any) -> Any:
+        result = named["result"] if "result" in named else positional[0]
+        norms[id(result)] = result
+        return validate_result(*positional, **named)
+
+    undo = override(machine, "validate_result", noted)
+    try:
+        check_grads(*args, **kwargs)
+    finally:
+        undo()
+    return list(norms.values())

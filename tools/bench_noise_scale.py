@@ -138,8 +138,8 @@ def _measure_error(flags: argparse.Namespace) -> dict[str, Any]:
 
 
 def _put_together(cost: dict[str, Any], error: dict[str, Any]) -> dict[str, Any]:
-    """The figures by estimator, and in short those of the default one."""
-    default = [one for one in cost["found"] if one["asked_for"] == "auto"]
+    """The figures by estimator, and in short those of what ``auto`` takes: on the first layout, and on the others."""
+    default, *others = [one for one in cost["found"] if one["asked_for"] == "auto"]
     estimators: dict[str, dict[str, Any]] = {}
     for name in error["checkpoints"][0]["estimators"]:
         figures = [point["estimators"][name] for point in error["checkpoints"]]
@@ -153,15 +153,22 @@ def _put_together(cost: dict[str, Any], error: dict[str, Any]) -> dict[str, Any]
             "steps_to_20pct_in_design": _DESIGN.get(name),
             "cost": [one for one in cost["found"] if name in (one["asked_for"], one["estimator"])],
         }
-    mine = estimators[default[0]["estimator"]]
-    summary = {
-        "default_estimator": default[0]["estimator"],
-        "default_overhead_pct": max(one["own_pct"] for one in default),
-        "default_extra_memory_pct": max(one["extra_memory_pct"] for one in default),
-        "default_rel_error": statistics.median(mine["rel_error"]),
-        "default_steps_to_20pct": statistics.median(mine["steps_to_20pct"]),
-    }
+    summary = _in_short("default", [default], estimators)
+    if others:
+        summary |= _in_short("with_pipelines", others, estimators)
     return {"summary": summary, "estimators": estimators, "cost": cost, "error": error}
+
+
+def _in_short(prefix: str, rows: list[dict[str, Any]], estimators: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The worst cost of these layouts, and the median error over the checkpoints, of the estimator they have."""
+    name = rows[0]["estimator"]
+    return {
+        f"{prefix}_estimator": name,
+        f"{prefix}_overhead_pct": max(one["own_pct"] for one in rows),
+        f"{prefix}_extra_memory_pct": max(one["extra_memory_pct"] for one in rows),
+        f"{prefix}_rel_error": statistics.median(estimators[name]["rel_error"]),
+        f"{prefix}_steps_to_20pct": statistics.median(estimators[name]["steps_to_20pct"]),
+    }
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from copus_ext.core.plan import Plan
 
-MIN_GROUPS = 4  # fewer make N and S of a step much noisier (design: 4 groups need 1.2x the steps of 16)
+MIN_GROUPS = 4  # sixteen need 0.7 to 0.9 times as many steps (tools/bench_noise_scale.py)
 
 DP_GROUPS, SLICES, SKETCH, LAYERNORM, ADAM = "dp-groups", "slices", "sketch", "layernorm", "adam"
 AUTO = "auto"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The critical batch of the demo's model, measured by branches at two points of one run: ten to fifteen minutes on two cores.
+# The critical batch of the demo's model, measured by branches at two points of one run: some ten minutes on two cores.
 # The learning rate stays where its warm-up ends, so that no branch gains by a schedule (docs/critical-batch.md).
 #   OUT: where outputs go (runs/critical-batch).
 set -euo pipefail

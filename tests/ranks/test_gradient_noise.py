@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,6 @@ LAYOUTS = {
     "pp4": Layout(pp=4),
     "vpp2": Layout(dp=2, pp=2, vpp=2),
 }
-EXACT = {"dp4": "dp-groups", "dp2": "slices", "tp2": "slices", "tp2pp2": "slices", "pp4": "slices", "vpp2": "slices"}
 LLAMA = (
     "--untie-embeddings-and-output-weights --swiglu --group-query-attention --num-query-groups 4 "
     "--normalization RMSNorm --disable-bias-linear "
@@ -36,8 +36,13 @@ EXPERTS = (
 Pair = tuple[float, float]
 
 
+@functools.cache
 def per_sequence_gradients(flags: str) -> Any:
     """[BATCH, parameters] float64: the gradient of each sequence's mean loss, by one process and plain autograd."""
+    return run_ranks(1, _per_sequence_gradients, flags)[0]
+
+
+def _per_sequence_gradients(flags: str) -> Any:
     import torch
 
     from copus_ext.adapters.job import build_job
@@ -56,7 +61,10 @@ def per_sequence_gradients(flags: str) -> Any:
 
 
 def measured(flags: str, layouts: list[Layout], micro_batch: int, estimator: str, **options: Any) -> list[Pair]:
-    """N and S that the collector reads from one real step in each of several layouts, in one process."""
+    """N and S that the collector reads from one real step in each of several layouts, in one process.
+
+    ``exact``: by data-parallel groups where there are four, by slices elsewhere.
+    """
     import torch
 
     from copus_ext.adapters.noise.gradient_noise import GradientNoise
@@ -72,11 +80,16 @@ def measured(flags: str, layouts: list[Layout], micro_batch: int, estimator: str
         torch.manual_seed(raw.seed)  # the same weights for every layout
         job = build(manager, raw, Plan(layout, micro_batch, BATCH))
         put_in_charge(job, manager)
-        with GradientNoise.of_job(job, estimator, **options) as collector:
+        with GradientNoise.of_job(job, exact(layout) if estimator == "exact" else estimator, **options) as collector:
             norms = [one_step(job, first_sample=0).grad_norm for _ in range(2)]  # overlap starts with the second step
             estimates = [e for norm in norms for e in collector.step(norm)] + collector.flush()
         found.append((estimates[-1].N, estimates[-1].S))
     return found
+
+
+def exact(layout: Layout) -> str:
+    """What reads a step's gradients exactly, and in at least four groups."""
+    return "dp-groups" if layout.dp >= 4 else "slices"
 
 
 def seen_by_all(flags: str, layouts: list[Layout], micro_batch: int, estimator: str, **options: Any) -> list[Pair]:
@@ -112,18 +125,16 @@ def of_groups(gradients: Any, owner: list[Any]) -> Pair:
 
 @pytest.mark.parametrize("flags", ["", LLAMA, "--normalization RMSNorm --qk-layernorm "])
 def test_n_and_s_are_those_of_single_sequence_gradients(flags: str) -> None:
-    gradients = run_ranks(1, per_sequence_gradients, flags)[0]
-    for estimator in ("dp-groups", "slices"):
-        names = [name for name in LAYOUTS if EXACT[name] == estimator]
-        found = seen_by_all(flags, [LAYOUTS[name] for name in names], 1, estimator)
-        for name, pair in zip(names, found, strict=True):
-            assert pair == pytest.approx(expected_step(gradients, LAYOUTS[name], 1, estimator), rel=1e-3), name
+    gradients = per_sequence_gradients(flags)
+    found = seen_by_all(flags, list(LAYOUTS.values()), 1, "exact")
+    for (name, layout), pair in zip(LAYOUTS.items(), found, strict=True):
+        assert pair == pytest.approx(expected_step(gradients, layout, 1, exact(layout)), rel=1e-3), name
 
 
 def test_sequence_parallel_norms_are_added_up_before_they_are_squared() -> None:
     layouts = [Layout(dp=2, tp=2, sequence_parallel=True), Layout(tp=2, pp=2, sequence_parallel=True)]
     for flags in ("", "--normalization RMSNorm --qk-layernorm "):
-        gradients = run_ranks(1, per_sequence_gradients, flags)[0]
+        gradients = per_sequence_gradients(flags)
         for layout, pair in zip(layouts, seen_by_all(flags, layouts, 1, "slices"), strict=True):
             assert pair == pytest.approx(expected_step(gradients, layout, 1), rel=1e-3)
 
@@ -160,21 +171,21 @@ def test_the_same_samples_give_the_same_n_and_s_in_every_factorisation(world: in
     ],
 )
 def test_reduction_and_normalisation_flags_do_not_change_n_and_s(flags: str, zero1: bool) -> None:
-    gradients = run_ranks(1, per_sequence_gradients, "")[0]
+    gradients = per_sequence_gradients("")
     tolerance = 5e-2 if "16" in flags else 1e-3
-    for name, estimator in (("dp4", "dp-groups"), ("dp2", "slices")):
-        layout = replace(LAYOUTS[name], distributed_optimizer=zero1)
-        pair = seen_by_all(flags, [layout], 1, estimator)[0]
-        assert pair == pytest.approx(expected_step(gradients, layout, 1, estimator), rel=tolerance)
+    layouts = [replace(LAYOUTS[name], distributed_optimizer=zero1) for name in ("dp4", "dp2")]
+    for layout, pair in zip(layouts, seen_by_all(flags, layouts, 1, "exact"), strict=True):
+        assert pair == pytest.approx(expected_step(gradients, layout, 1, exact(layout)), rel=tolerance)
 
 
 @pytest.mark.parametrize("zero1", [False, True])
 def test_experts_have_groups_of_their_own(zero1: bool) -> None:
     """An expert sees the sequences of all ranks that share it: its groups are fewer, and N and S add up by class."""
-    gradients = run_ranks(1, per_sequence_gradients, EXPERTS)[0]
+    gradients = per_sequence_gradients(EXPERTS)
     is_expert = run_ranks(1, expert_positions, EXPERTS)[0]
-    for layout in (Layout(dp=4, ep=2), Layout(dp=2, pp=2, ep=2), Layout(dp=2, tp=2, ep=2, sequence_parallel=True)):
-        layout = replace(layout, distributed_optimizer=zero1)
+    layouts = [Layout(dp=4, ep=2), Layout(dp=2, pp=2, ep=2), Layout(dp=2, tp=2, ep=2, sequence_parallel=True)]
+    layouts = [replace(layout, distributed_optimizer=zero1) for layout in layouts]
+    for layout, pair in zip(layouts, seen_by_all(EXPERTS, layouts, 1, "slices"), strict=True):
         plan = Plan(layout, 1, BATCH)
         window = plan.num_microbatches // grouping_of(StepShape.of(plan), "slices").slices
         rank = [s % layout.dp for s in range(BATCH)]
@@ -182,12 +193,11 @@ def test_experts_have_groups_of_their_own(zero1: bool) -> None:
         dense = of_groups(gradients[:, ~is_expert], list(zip(rank, number, strict=True)))
         shared = [r // layout.ep for r in rank]  # experts lie over neighbouring data-parallel ranks
         experts = of_groups(gradients[:, is_expert], list(zip(shared, number, strict=True)))
-        pair = seen_by_all(EXPERTS, [layout], 1, "slices")[0]
         assert pair == pytest.approx(np.add(dense, experts), rel=1e-3), str(layout)
 
 
 def test_data_parallel_groups_of_experts() -> None:
-    gradients = run_ranks(1, per_sequence_gradients, EXPERTS)[0]
+    gradients = per_sequence_gradients(EXPERTS)
     is_expert = run_ranks(1, expert_positions, EXPERTS)[0]
     dense = of_groups(gradients[:, ~is_expert], [s % 4 for s in range(BATCH)])
     experts = of_groups(gradients[:, is_expert], [s % 4 // 2 for s in range(BATCH)])
@@ -198,7 +208,7 @@ def test_data_parallel_groups_of_experts() -> None:
 def test_data_parallel_groups_count_shared_and_parted_gradients_once() -> None:
     sequence_parallel = replace(LAYOUTS["tp2"], sequence_parallel=True)
     for flags, layout in (("", LAYOUTS["dp2"]), ("", LAYOUTS["tp2"]), (LLAMA, sequence_parallel)):
-        gradients = run_ranks(1, per_sequence_gradients, flags)[0]
+        gradients = per_sequence_gradients(flags)
         pair = seen_by_all(flags, [layout], 1, "dp-groups")[0]
         assert pair == pytest.approx(expected_step(gradients, layout, 1, "dp-groups"), rel=1e-3), str(layout)
 

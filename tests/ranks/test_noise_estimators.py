@@ -105,7 +105,7 @@ def test_sketches_agree_with_exact_norms_in_every_layout(flags: str, layouts: li
     ],
 )
 def test_norm_layers_give_the_gradients_of_single_sequences(flags: str, layouts: list[Layout]) -> None:
-    gradients = run_ranks(1, per_sequence_gradients, flags)[0]
+    gradients = per_sequence_gradients(flags)
     norms = run_ranks(1, norm_positions, flags)[0]
     expected = of_groups(gradients[:, norms], EVERY_SEQUENCE)
     for layout, pair in zip(layouts, seen_by_all(flags, layouts, 1, "layernorm"), strict=True):
@@ -113,7 +113,7 @@ def test_norm_layers_give_the_gradients_of_single_sequences(flags: str, layouts:
 
 
 def test_two_sequences_in_a_micro_batch_are_told_apart_by_norm_layers() -> None:
-    gradients = run_ranks(1, per_sequence_gradients, "")[0]
+    gradients = per_sequence_gradients("")
     norms = run_ranks(1, norm_positions, "")[0]
     pair = seen_by_all("", [Layout(dp=2, pp=2)], 2, "layernorm")[0]
     assert pair == pytest.approx(of_groups(gradients[:, norms], EVERY_SEQUENCE), rel=1e-3)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 
@@ -18,7 +17,7 @@ from copus_ext.adapters.noise.experts import ReducedExperts
 from copus_ext.adapters.noise.overrides import override
 from copus_ext.adapters.noise.parameters import Counted, Kind
 from copus_ext.adapters.noise.parts import Parts
-from copus_ext.adapters.noise.sums import CLASSES
+from copus_ext.adapters.noise.sums import CLASSES, ExactSums
 
 _WHOLE = (Kind.OWN, Kind.EXPERT)
 
@@ -42,7 +41,7 @@ class BucketNorms:
         device = counted[0].param.main_grad.device
         self._squares = torch.zeros(CLASSES, dtype=torch.float64, device=device)
         self._reduced_experts = ReducedExperts(model, groups)
-        self._steps: list[torch.Tensor] = []
+        self._sums = ExactSums()
         self._undo: list[Callable[[], None]] = []
 
     def attach(self) -> None:
@@ -72,25 +71,15 @@ class BucketNorms:
 
     def end(self, valid: bool) -> None:
         """Keep the step; as not a number where it is not ``valid``. Collective where gradients lie in parts."""
-        result = torch.zeros(CLASSES, 2, dtype=torch.float64, device=self._squares.device)
-        result[:, 0] = self._squares
-        result[0, 0] += self._parts.squares()
-        result[1, 1] = self._reduced_experts.square
-        self._steps.append(result if valid else result * float("nan"))
-
-    def clear(self) -> None:
-        """Forget the steps kept."""
-        self._steps.clear()
+        dense, experts = self._squares
+        self._sums.add(dense + self._parts.squares(), experts, self._reduced_experts.square, valid)
 
     def reduce(self) -> torch.Tensor:
         """Collective. [steps, 2 (dense, experts), 2]: square sum of the groups, and square of their sum.
 
         The latter is left 0 for dense parameters: with the experts' it makes up upstream's own gradient norm.
         """
-        result = torch.stack(self._steps)
-        self.clear()
-        dist.all_reduce(result)
-        return result
+        return self._sums.reduce()
 
     def _watch(self, group: Any, number: int) -> None:
         """Take in each bucket of a group before it is scaled and reduced; ``number``: 0 for dense, 1 for experts."""

@@ -66,9 +66,6 @@ class Collector(Protocol):
     def end(self, valid: bool) -> None:
         """The step has been taken: keep it; as not a number where ``valid`` is false."""
 
-    def clear(self) -> None:
-        """Forget the steps kept."""
-
     def reduce(self) -> torch.Tensor:
         """Collective. [steps, 2 (dense, experts), 2]: square sum of the groups, and square of their sum."""
 

@@ -78,10 +78,6 @@ class NormLayers:
         whole = all(count == len(self._features) for count in self._sequences.values())
         self._sums.add(self._features if valid and whole else self._features * float("nan"))
 
-    def clear(self) -> None:
-        """Forget the steps kept."""
-        self._sums.clear()
-
     def reduce(self) -> torch.Tensor:
         """Collective. [steps, 2 (dense, experts), 2]: square sum of the sequences, and square of their sum."""
         return self._sums.reduce()

@@ -113,10 +113,6 @@ class Sketch:
         self._features[1:] -= self._features[:-1].clone()
         self._sums.add(self._features if valid else self._features * float("nan"))
 
-    def clear(self) -> None:
-        """Forget the steps kept."""
-        self._sums.clear()
-
     def reduce(self) -> torch.Tensor:
         """Collective. [steps, 2 (dense, experts), 2]: square sum of the groups, and square of their sum."""
         return self._sums.reduce()

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from copus_ext.adapters.noise.experts import ReducedExperts
 from copus_ext.adapters.noise.parameters import Counted, Kind
 from copus_ext.adapters.noise.parts import Parts
-from copus_ext.adapters.noise.sums import CLASSES
+from copus_ext.adapters.noise.sums import ExactSums
 
 
 class SquareNorms:
@@ -36,7 +35,7 @@ class SquareNorms:
             index: torch.empty_like(param.main_grad) for index, (param, _) in enumerate(counted) if slices > 1
         }
         self._parts = Parts([kind for _, kind in counted], groups)
-        self._steps: list[torch.Tensor] = []
+        self._sums = ExactSums()
         self._reduced_experts = ReducedExperts(model, groups)
 
     def attach(self) -> None:
@@ -71,22 +70,12 @@ class SquareNorms:
         """Keep the step; as not a number where it is not ``valid``. Collective where gradients lie in parts."""
         squares = self._squares.sum(1, dtype=torch.float64)
         experts = squares[self._experts].sum()
-        result = torch.zeros(CLASSES, 2, dtype=torch.float64, device=squares.device)
-        result[0, 0] = squares.sum() - experts + self._parts.squares()
-        result[1, 0] = experts
-        result[1, 1] = self._reduced_experts.square
-        self._steps.append(result if valid else result * float("nan"))
-
-    def clear(self) -> None:
-        """Forget the steps kept."""
-        self._steps.clear()
+        dense = squares.sum() - experts + self._parts.squares()
+        self._sums.add(dense, experts, self._reduced_experts.square, valid)
 
     def reduce(self) -> torch.Tensor:
         """Collective. [steps, 2 (dense, experts), 2]: square sum of the groups, and square of their sum.
 
         The latter is left 0 for dense parameters: with the experts' it makes up upstream's own gradient norm.
         """
-        result = torch.stack(self._steps)
-        self.clear()
-        dist.all_reduce(result)
-        return result
+        return self._sums.reduce()

@@ -1,4 +1,4 @@
-"""Square sums of linear features of gradients, over all ranks: what sketches and norm layers have in common.
+"""Square sums of gradients, or of linear features of them, over all ranks.
 
 A feature is linear in the gradient, so parts that lie on several ranks (tied embeddings, norms under sequence
 parallelism, everything under context parallelism) are added up as features, which are small, and squared then.
@@ -16,6 +16,26 @@ from copus_ext.adapters.noise.parameters import Kind
 
 ORDER = (Kind.OWN, Kind.EXPERT, Kind.SUM_OVER_TP, Kind.MEAN_OVER_TP, Kind.TIED)  # of spans in a feature vector
 CLASSES = 2  # dense parameters, experts
+
+
+class ExactSums:
+    """Square sums that are exact on each rank, of some steps: added up over all ranks at once."""
+
+    def __init__(self) -> None:
+        self._steps: list[torch.Tensor] = []
+
+    def add(self, dense: torch.Tensor, experts: torch.Tensor, sum_of_experts: torch.Tensor, valid: bool) -> None:
+        """One step: squares of this rank's groups, and of what the experts' add up to."""
+        result = torch.zeros(CLASSES, 2, dtype=torch.float64, device=dense.device)
+        result[0, 0], result[1, 0], result[1, 1] = dense, experts, sum_of_experts
+        self._steps.append(result if valid else result * float("nan"))
+
+    def reduce(self) -> torch.Tensor:
+        """Collective over all ranks. [steps, 2 (dense, experts), 2] as of :meth:`FeatureSums.reduce`."""
+        result = torch.stack(self._steps)
+        self._steps.clear()
+        dist.all_reduce(result)
+        return result
 
 
 class FeatureSums:
@@ -37,10 +57,6 @@ class FeatureSums:
         kept = self._squares(total, 0) if self._alone else total
         self._steps.append((self._squares(whole, 0).sum(0), kept, parts.clone()))
 
-    def clear(self) -> None:
-        """Forget the steps."""
-        self._steps.clear()
-
     def reduce(self) -> torch.Tensor:
         """Collective over all ranks.
 
@@ -48,7 +64,7 @@ class FeatureSums:
             [steps, 2 (dense, experts), 2] float64: the sum of the groups' squares, and the square of their sum.
         """
         squares, totals, parts = (torch.stack(values) for values in zip(*self._steps, strict=True))
-        self.clear()
+        self._steps.clear()
         self._add_up(parts)
         squares = squares + self._squares(parts, self._whole).sum(1)
         if self._alone:

@@ -126,6 +126,7 @@ def check_flags(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; give at least {least}")
     learning_rate_factor(args.copus_lr_rule, 1, 1)
     check_estimator(args)
+    check_experts(args)
     _check_length(args)
 
 
@@ -201,6 +202,16 @@ def check_estimator(args: argparse.Namespace) -> None:
             raise UserError(
                 f"--copus-gns-estimator adam can't read the second moments of --{other.replace('_', '-')}; use auto"
             )
+
+
+def check_experts(args: argparse.Namespace) -> None:
+    """Experts must be spread as the noise scale can count them."""
+    etp, tp = args.expert_tensor_parallel_size, args.tensor_model_parallel_size
+    if args.num_experts and etp not in (None, tp):
+        raise UserError(
+            f"--expert-tensor-parallel-size {etp} with --tensor-model-parallel-size {tp}: the noise scale can't be "
+            "measured where the two differ; make them the same, or leave it out"
+        )
 
 
 def _check_length(args: argparse.Namespace) -> None:

@@ -46,9 +46,10 @@ class Controller(Observer):
         self._job, self._config, self._knowledge, self._telemetry = job, config, knowledge, telemetry
         self._refusal_of = refusal_of
         self._steps = 0
-        self._noise = _meter_of(job, config.noise_estimator)
+        self._noise: NoiseMeter = NoMeter()
 
     def __enter__(self) -> Controller:
+        self._noise = _meter_of(self._job, self._config.noise_estimator)
         self._noise.__enter__()
         return self
 

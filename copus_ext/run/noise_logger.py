@@ -70,6 +70,7 @@ class NoiseLogger(Observer):
         if self._meter is not None:
             self._flush()
             self._meter.__exit__()
+            self._meter = None  # what it kept is free before the next one keeps something
         self._plan, self._meter = plan, self._make_meter(plan, model, optimizer)
         self._meter.__enter__()
 

@@ -16,7 +16,7 @@ from copus_ext.core.errors import UserError
 from copus_ext.core.grouping import StepShape, why_unmeasurable_in_a_run
 from copus_ext.core.plan import Plan
 from copus_ext.run import gpt
-from copus_ext.run.config import check_estimator
+from copus_ext.run.config import check_estimator, check_experts
 from copus_ext.run.noise_logger import NoiseLogger
 
 # Gradients that autograd's hooks never see, or that are no longer whole where they are read.
@@ -45,6 +45,7 @@ def _noise_logger(raw: argparse.Namespace, plan: Plan) -> contextlib.AbstractCon
     if not raw.log_gradient_noise_scale:
         return contextlib.nullcontext()
     check_estimator(raw)
+    check_experts(raw)
     plan = plan.with_batch(_largest_batch(raw, plan))
     if reason := why_unmeasurable_in_a_run(StepShape.of(plan), raw.copus_gns_estimator):
         raise UserError(f"--log-gradient-noise-scale with --copus-gns-estimator {raw.copus_gns_estimator}: {reason}")

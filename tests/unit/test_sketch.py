@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from copus_ext.adapters.noise.sketch import _cut
+from copus_ext.adapters.noise.squares import square_norm
 
 DRAWS = 2000
 
@@ -43,3 +44,12 @@ def test_it_is_short() -> None:
         assert rows.shape[0] + rows.shape[1] < 7 * (shape[0] * shape[1]) ** 0.5
         assert rows.shape[1] % 2 == 1
         assert rows.numel() + rest.numel() == shape[0] * shape[1]
+
+
+def test_square_norms_of_many_millions_of_numbers_keep_their_digits() -> None:
+    values = torch.full((3 * 2**23 + 5,), 1e-3)
+    values[::2] *= -1.0
+    exact = 1e-6 * values.numel()
+    assert float(square_norm(values)) == pytest.approx(exact, rel=1e-5)
+    assert float(square_norm(values.bfloat16())) == pytest.approx(exact, rel=1e-2)
+    assert float(square_norm(values[:0])) == 0.0

@@ -1,22 +1,24 @@
 """Square norms of data-parallel ranks' gradients at no cost: upstream takes them anyway, to look for NaN.
 
 With ``--check-for-nan-in-loss-and-grad``, which is upstream's default, DDP computes the norm of each bucket just before
-it reduces it. That is the gradient of this rank's group. Where upstream does not look, the norm is taken here.
+it reduces it. That is the gradient of this rank's group. The norm is taken here instead, and upstream is told: its own
+loses digits over many millions of numbers on a CPU (:mod:`copus_ext.adapters.noise.squares`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.rerun_state_machine import get_rerun_state_machine
 
 from copus_ext.adapters.noise.experts import ReducedExperts
 from copus_ext.adapters.noise.overrides import override
 from copus_ext.adapters.noise.parameters import Counted, Kind
 from copus_ext.adapters.noise.parts import Parts
+from copus_ext.adapters.noise.squares import square_norm
 from copus_ext.adapters.noise.sums import CLASSES, ExactSums
 
 _WHOLE = (Kind.OWN, Kind.EXPERT)
@@ -84,51 +86,52 @@ class BucketNorms:
     def _watch(self, group: Any, number: int) -> None:
         """Take in each bucket of a group before it is scaled and reduced; ``number``: 0 for dense, 1 for experts."""
         config = group.ddp_config
-        checked = config.check_for_nan_in_grad or config.check_for_large_grads
-        exact = all(bucket.grad_data.dtype == torch.float32 for bucket in group.buckets)
-        if checked and exact:
+        if config.check_for_nan_in_grad or config.check_for_large_grads:
             check_grads = group.check_grads
 
-            def check_and_take(*args: Any, **kwargs: Any) -> None:
-                for bucket, norm in zip(group.buckets, _norms_of(check_grads, args, kwargs), strict=True):
-                    self._take(bucket, norm, number)
+            def take_then_check(*args: Any, **kwargs: Any) -> None:
+                norms = [self._take(bucket, number) for bucket in group.buckets]
+                with _told(group.buckets, norms):
+                    check_grads(*args, **kwargs)
 
-            self._undo.append(override(group, "check_grads", check_and_take))
+            self._undo.append(override(group, "check_grads", take_then_check))
             return
         start_grad_sync = group.start_grad_sync
 
         def take_then_start(*args: Any, **kwargs: Any) -> Any:
             if not (group.is_first_batch and group.grad_reduce_handle is not None):  # else it has started already
                 for bucket in group.buckets:
-                    norm = torch.linalg.vector_norm(bucket.grad_data, dtype=torch.float32)
-                    self._take(bucket, norm, number)
+                    self._take(bucket, number)
             return start_grad_sync(*args, **kwargs)
 
         self._undo.append(override(group, "start_grad_sync", take_then_start))
 
-    def _take(self, bucket: Any, norm: torch.Tensor, number: int) -> None:
-        """The square of a bucket's norm, without what is counted elsewhere."""
-        square = norm.double().square()
-        for param in bucket.params_list:
-            if id(param) in self._not_whole:
-                square = square - param.main_grad.double().square().sum()
-        self._squares[number] += square
+    def _take(self, bucket: Any, number: int) -> torch.Tensor:
+        """Take in a bucket without what is counted elsewhere; its norm as a whole."""
+        square = square_norm(bucket.grad_data)
+        elsewhere = [square_norm(param.main_grad) for param in bucket.params_list if id(param) in self._not_whole]
+        self._squares[number] += square - sum(elsewhere)
+        return square.sqrt().float()
 
 
-def _norms_of(check_grads: Callable[..., Any], args: Any, kwargs: Any) -> list[torch.Tensor]:
-    """The norms that upstream checks, in the order of the buckets; each is checked in several ways."""
-    norms: dict[int, torch.Tensor] = {}
-    machine = get_rerun_state_machine()
-    validate_result = machine.validate_result
+class _Known:
+    """Stands for a bucket's gradients while upstream asks for their norm, and for nothing else."""
 
-    def noted(*positional: Any, **named: Any) -> Any:
-        result = named["result"] if "result" in named else positional[0]
-        norms[id(result)] = result
-        return validate_result(*positional, **named)
+    def __init__(self, norm: torch.Tensor) -> None:
+        self._norm = norm
 
-    undo = override(machine, "validate_result", noted)
+    def norm(self, p: int) -> torch.Tensor:
+        """The Euclidean one."""
+        assert p == 2
+        return self._norm
+
+
+@contextlib.contextmanager
+def _told(buckets: Sequence[Any], norms: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Have upstream's check find the norms that are known."""
+    undo = [override(bucket, "grad_data", _Known(norm)) for bucket, norm in zip(buckets, norms, strict=True)]
     try:
-        check_grads(*args, **kwargs)
+        yield
     finally:
-        undo()
-    return list(norms.values())
+        for take_back in undo:
+            take_back()

@@ -10,6 +10,7 @@ from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from copus_ext.adapters.noise.overrides import override
+from copus_ext.adapters.noise.squares import square_norm
 
 
 class ReducedExperts:
@@ -43,9 +44,11 @@ class ReducedExperts:
         finish_grad_sync = group.finish_grad_sync
 
         def finish_then_read(*args: Any, **kwargs: Any) -> Any:
+            finished_before = group.grad_reduce_finished  # upstream may come by a second time, for nothing
             result = finish_grad_sync(*args, **kwargs)
-            for part in self._reduced(group):
-                self.square += part.double().square().sum() / self._factor**2
+            if not finished_before:
+                for part in self._reduced(group):
+                    self.square += square_norm(part) / self._factor**2
             return result
 
         self._undo.append(override(group, "finish_grad_sync", finish_then_read))

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -96,7 +97,7 @@ class GradientNoise:
         first_step: int = 0,
         seed: int = 0,
     ) -> None:
-        """Collective with ``estimator="adam"`` and a distributed optimizer.
+        """With ``estimator="adam"`` second moments are gathered by all ranks together when a step begins, every 16.
 
         Args:
             model: DDP-wrapped chunks of this rank.
@@ -121,14 +122,14 @@ class GradientNoise:
             num_microbatches=num_microbatches,
             tied=holds_tied_embeddings(model, groups),
         )
-        if reason := why_unmeasurable(shape, estimator):
+        if reason := why_unmeasurable(shape, estimator) or _why_experts_are_not(model, groups):
             raise ValueError(reason)
         self.grouping: Grouping = grouping_of(shape, estimator, min_groups)
         self.batch = shape.dp * micro_batch_size * num_microbatches
         self._model, self._optimizer, self._step = model, optimizer, first_step
         self._ranks = groups.dp_cp.size()  # that a gradient is averaged over
         self.collector = self._make_collector(counted_parameters(model, groups), groups, shape, seed)
-        self._taps = GradientTaps(model, self.collector.params, self.collector, num_microbatches, self._begin)
+        self._taps = GradientTaps(model, self.collector.params, self.collector, num_microbatches, _weakly(self._begin))
         self._steps: list[_Step] = []
         self._loss_scale = 1.0
         self._per_token_scale: float | torch.Tensor | None = None
@@ -241,3 +242,25 @@ class GradientNoise:
             self._per_token_scale = factor.clone() if isinstance(factor, torch.Tensor) else factor
 
         self._undo.append(override(chunk, "scale_gradients", scale_and_tell))
+
+
+def _weakly(method: Callable[[], None]) -> Callable[[], None]:
+    """A call that does not keep the object alive: collectors that are done with free their memory at once."""
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        if alive := reference():
+            alive()
+
+    return call
+
+
+def _why_experts_are_not(model: Sequence[Any], groups: ProcessGroupCollection) -> str | None:
+    """Why experts that are spread in other ways than by expert parallelism can't be measured."""
+    if not any(chunk.expert_parallel_bucket_groups for chunk in model):
+        return None
+    if groups.expt_tp.size() != groups.tp.size():
+        return "the noise scale can't be measured: experts' tensor parallel size is another than that of the layers"
+    if model[0].ddp_config.num_distributed_optimizer_instances > 1:
+        return "the noise scale can't be measured: experts with several distributed optimizer instances"
+    return None

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from copus_ext.adapters.noise.parameters import Kind
+from copus_ext.adapters.noise.squares import square_norm
 
 
 class Parts:
@@ -40,5 +41,5 @@ class Parts:
             if kind is Kind.MEAN_OVER_TP:
                 flat /= group.size()
             if group.rank() == 0:
-                total = total + torch.dot(flat, flat)
+                total = total + square_norm(flat)
         return total

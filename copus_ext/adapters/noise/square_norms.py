@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from copus_ext.adapters.noise.experts import ReducedExperts
 from copus_ext.adapters.noise.parameters import Counted, Kind
 from copus_ext.adapters.noise.parts import Parts
+from copus_ext.adapters.noise.squares import square_norm
 from copus_ext.adapters.noise.sums import ExactSums
 
 
@@ -28,7 +29,7 @@ class SquareNorms:
         self.slices, self._counted = slices, counted
         self.params = [param for param, _ in counted]
         device = counted[0].param.main_grad.device
-        self._squares = torch.zeros(len(counted), slices, device=device)
+        self._squares = torch.zeros(len(counted), slices, dtype=torch.float64, device=device)
         experts = [index for index, (_, kind) in enumerate(counted) if kind is Kind.EXPERT]
         self._experts = torch.tensor(experts, dtype=torch.long, device=device)
         self._previous = {
@@ -61,14 +62,13 @@ class SquareNorms:
         if number < self.slices - 1:
             self._previous[index].copy_(param.main_grad)
         if kind in (Kind.OWN, Kind.EXPERT):
-            flat = gradient.reshape(-1).float()
-            torch.dot(flat, flat, out=self._squares[index, number])
+            self._squares[index, number] = square_norm(gradient)
         else:
             self._parts.add(index, number, gradient)
 
     def end(self, valid: bool) -> None:
         """Keep the step; as not a number where it is not ``valid``. Collective where gradients lie in parts."""
-        squares = self._squares.sum(1, dtype=torch.float64)
+        squares = self._squares.sum(1)
         experts = squares[self._experts].sum()
         dense = squares.sum() - experts + self._parts.squares()
         self._sums.add(dense, experts, self._reduced_experts.square, valid)

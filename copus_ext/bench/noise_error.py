@@ -19,8 +19,8 @@ from copus_ext.adapters.noise.parameters import counted_parameters
 from copus_ext.bench.workbench import Workbench
 from copus_ext.core.correction import RunningCorrection
 from copus_ext.core.noise_scale import StepEstimate
+from copus_ext.core.student import NORMAL_QUANTILE_975
 
-_Z = 1.959963984540054
 _FULL_EVERY = 16  # as a run measures norm layers
 
 # Name -> estimator and the least number of groups of a step.
@@ -157,7 +157,7 @@ def _accuracy(steps: np.ndarray[Any, Any], truth: Truth, groups: int, plain: flo
         rel_error=abs(float(ratio) / truth.noise_scale - 1.0),
         standard_error=scatter / math.sqrt(len(steps)),
         reads=float(ratio) / plain,
-        steps_to_20pct=(_Z * scatter / 0.2) ** 2,
+        steps_to_20pct=(NORMAL_QUANTILE_975 * scatter / 0.2) ** 2,
     )
 
 
@@ -175,7 +175,7 @@ def _corrected(steps: dict[str, list[StepEstimate]], groups: int, plain: float, 
         noise_scale=estimate.value,
         truth=plain,
         rel_error=abs(estimate.value / plain - 1.0),
-        standard_error=half_width / _Z,
+        standard_error=half_width / NORMAL_QUANTILE_975,
         reads=estimate.value / plain,
         steps_to_20pct=count * (half_width / 0.2) ** 2,
     )

@@ -69,6 +69,57 @@ class Step(NamedTuple):
     grad_norm: float | None
 
 
+def take_step(job: Job, micro_batches: Sequence[dict[str, torch.Tensor]]) -> Step:
+    """One step of ``job``, which must be in charge, on this rank's micro-batches: upstream's ``train_step``."""
+    _set_functions(job)
+    losses, _, _, _, _, grad_norm, *_ = training.train_step(
+        gpt.forward_step,
+        _iterators(job, micro_batches),
+        job.model,
+        job.optimizer,
+        job.scheduler,
+        job.config,
+        get_forward_backward_func(),
+        iteration=job.args.iteration,
+    )
+    return Step(next((float(loss) for loss in losses.values()), None), grad_norm)
+
+
+def accumulate(job: Job, micro_batches: Sequence[dict[str, torch.Tensor]]) -> None:
+    """Gradients of a step, accumulated and reduced, and none taken with them."""
+    _set_functions(job)
+    iterators = _iterators(job, micro_batches)
+    while get_rerun_state_machine().should_run_forward_backward(iterators):
+        for chunk in job.model:
+            chunk.zero_grad_buffer()
+        job.optimizer.zero_grad()
+        get_forward_backward_func()(
+            forward_step_func=gpt.forward_step,
+            data_iterator=iterators,
+            model=job.model,
+            num_microbatches=job.plan.num_microbatches,
+            seq_length=job.args.seq_length,
+            micro_batch_size=job.plan.micro_batch,
+            forward_only=False,
+        )
+
+
+def _set_functions(job: Job) -> None:
+    """What ``train()`` puts into the configuration."""
+    config = job.config
+    config.grad_scale_func = job.optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    if job.args.overlap_grad_reduce:
+        config.no_sync_func = [chunk.no_sync for chunk in job.model]
+        config.no_sync_func = config.no_sync_func[0] if len(job.model) == 1 else config.no_sync_func
+
+
+def _iterators(job: Job, micro_batches: Sequence[dict[str, torch.Tensor]]) -> Any:
+    """One for each model chunk, as upstream wants them."""
+    iterators = [RerunDataIterator(iter(micro_batches)) for _ in job.model]
+    return iterators if len(iterators) > 1 else iterators[0]
+
+
 class Workbench:
     """Upstream, brought up once for several plans. Making one and its jobs is collective over all ranks."""
 
@@ -100,52 +151,20 @@ class Workbench:
         return job
 
     def step(self, job: Job, samples: Sequence[int]) -> Step:
-        """One step of training on a global batch of these sequences, by upstream's ``train_step``."""
-        losses, _, _, _, _, grad_norm, *_ = training.train_step(
-            gpt.forward_step,
-            self._iterators(job, samples),
-            job.model,
-            job.optimizer,
-            job.scheduler,
-            self._ready(job),
-            get_forward_backward_func(),
-            iteration=job.args.iteration,
-        )
-        return Step(next((float(loss) for loss in losses.values()), None), grad_norm)
+        """One step of training on a global batch of these sequences."""
+        return take_step(job, self._micro_batches(job, samples))
 
     def gradient(self, job: Job, samples: Sequence[int]) -> float:
         """Gradients of a global batch, accumulated and reduced, and their norm. Weights and optimizer stay."""
-        self._ready(job)
-        iterators = self._iterators(job, samples)
-        while get_rerun_state_machine().should_run_forward_backward(iterators):
-            for chunk in job.model:
-                chunk.zero_grad_buffer()
-            job.optimizer.zero_grad()
-            get_forward_backward_func()(
-                forward_step_func=gpt.forward_step,
-                data_iterator=iterators,
-                model=job.model,
-                num_microbatches=job.plan.num_microbatches,
-                seq_length=job.args.seq_length,
-                micro_batch_size=job.plan.micro_batch,
-                forward_only=False,
-            )
+        accumulate(job, self._micro_batches(job, samples))
         job.optimizer.prepare_grads()
         return float(job.optimizer.get_grad_norm())
 
-    def _ready(self, job: Job) -> Any:
-        config = job.config
-        config.grad_scale_func = job.optimizer.scale_loss
-        config.finalize_model_grads_func = finalize_model_grads
-        return config
-
-    def _iterators(self, job: Job, samples: Sequence[int]) -> Any:
-        """This rank's micro-batches, dealt round the data-parallel ranks as upstream's sampler deals them."""
+    def _micro_batches(self, job: Job, samples: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        """This rank's, dealt round the data-parallel ranks as upstream's sampler deals them."""
         size, dp = job.plan.micro_batch, job.groups.dp
         starts = range(dp.rank() * size, len(samples), size * dp.size())
-        batches = [self.text.micro_batch(samples[start : start + size]) for start in starts]
-        iterators = [RerunDataIterator(iter(batches)) for _ in job.model]
-        return iterators if len(iterators) > 1 else iterators[0]
+        return [self.text.micro_batch(samples[start : start + size]) for start in starts]
 
 
 def state_tensors(job: Job) -> list[torch.Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from copus_ext.core.critical_batch import CriticalBatchFit, Interval
 from copus_ext.core.critical_batch_result import Measurement, ratio_spread, to_json
+from copus_ext.core.files import write_whole
 from copus_ext.core.svg import PALETTE, Chart, Series, draw_chart, write_svg
 
 Array = NDArray[np.float64]
@@ -32,10 +32,8 @@ _SAYINGS = {
 
 def write_results(directory: Path, measurements: Sequence[Measurement], conditions: Mapping[str, Any]) -> None:
     """Write ``critical_batch.json`` and ``critical_batch.svg``, the former whole or not at all."""
-    directory.mkdir(parents=True, exist_ok=True)
-    unfinished = directory / "critical_batch.json.tmp"
-    unfinished.write_text(json.dumps(to_json(measurements, conditions), indent=1, allow_nan=False) + "\n")
-    os.replace(unfinished, directory / "critical_batch.json")
+    text = json.dumps(to_json(measurements, conditions), indent=1, allow_nan=False) + "\n"
+    write_whole(directory / "critical_batch.json", text)
     write_svg(draw_measurements(measurements), directory / "critical_batch.svg")
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+NORMAL_QUANTILE_975 = 1.959963984540054
+
 
 def t_quantile_975(freedom: float) -> float:
     """97.5 % point of Student's t (Abramowitz and Stegun 26.7.5); within 0.8 % from 2 degrees of freedom up."""
-    z = 1.959963984540054
+    z = NORMAL_QUANTILE_975
     inverse = 1.0 / max(2.0, freedom)
     g1 = (z**3 + z) / 4
     g2 = (5 * z**5 + 16 * z**3 + 3 * z) / 96

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from copus_ext.core.files import write_whole
 from copus_ext.core.noise_tracker import NoiseTracker
 from copus_ext.core.plan import Plan, plan_from_json
 from copus_ext.core.switch_cost import SwitchCost
@@ -27,17 +27,13 @@ class Knowledge:
 
     def save(self, checkpoints: str, iteration: int, plan: Plan) -> None:
         """Write it beside the checkpoint of ``iteration``, whole or not at all."""
-        folder = Path(checkpoints) / f"iter_{iteration:07d}"
-        folder.mkdir(parents=True, exist_ok=True)
         state = {
             "plan": plan.to_json(),
             "noise": self.noise.to_json(),
             "throughput": self.throughput.to_json(),
             "switch_cost": self.switch_cost.to_json(),
         }
-        unfinished = folder / (_FILE + ".tmp")
-        unfinished.write_text(json.dumps(state))
-        os.replace(unfinished, folder / _FILE)
+        write_whole(Path(checkpoints) / f"iter_{iteration:07d}" / _FILE, json.dumps(state))
 
     def restore(self, state: SavedState) -> None:
         """Go on from what a checkpoint knew."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -19,6 +18,7 @@ from megatron.training import get_args
 from copus_ext.adapters.arguments import model_shape
 from copus_ext.adapters.noise.gradient_noise import GradientNoise
 from copus_ext.core.errors import UserError
+from copus_ext.core.files import write_whole
 from copus_ext.core.grouping import StepShape, why_unmeasurable_in_a_run
 from copus_ext.core.noise_tracker import MeasuredStep, NoiseTracker
 from copus_ext.core.plan import Plan
@@ -98,7 +98,7 @@ class NoiseLogger(Observer):
         self._flush()
         save = get_args().save
         if self._telemetry.leads:
-            _write(Path(save) / f"iter_{iteration:07d}" / STATE_FILE, self._tracker)
+            write_whole(_state_of(save, iteration), json.dumps(self._tracker.to_json()))
         self._telemetry.event("checkpoint", path=str(save))
 
     def _start_log(self, plan: Plan) -> Telemetry:
@@ -151,17 +151,13 @@ class NoiseLogger(Observer):
             self._telemetry.noise_scale(self._tracker.estimate(), self._meter.estimator, steps)
 
 
-def _write(path: Path, tracker: NoiseTracker) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(tracker.to_json()))
-    os.replace(unfinished, path)
+def _state_of(checkpoints: str, iteration: int) -> Path:
+    return Path(checkpoints) / f"iter_{iteration:07d}" / STATE_FILE
 
 
 def _carried_on(tracker: NoiseTracker, checkpoints: str, iteration: int) -> NoiseTracker:
     """With what a plain run has saved beside a checkpoint, or else a COPUS run."""
-    path = Path(checkpoints) / f"iter_{iteration:07d}" / STATE_FILE
+    path = _state_of(checkpoints, iteration)
     if path.exists():
         return tracker.carried_on(NoiseTracker.from_json(json.loads(path.read_text())))
     state = load_state(checkpoints, iteration)

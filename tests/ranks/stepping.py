@@ -2,66 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-
-class Step(NamedTuple):
-    """``loss`` is known on the last pipeline stage; ``grad_norm`` everywhere."""
-
-    loss: float | None
-    grad_norm: float | None
+if TYPE_CHECKING:
+    from copus_ext.bench.workbench import Step
 
 
 def one_step(job: Any, first_sample: int) -> Step:
     """Take a step of ``job`` on the global batch that starts at ``first_sample`` (samples of ``random_batches``)."""
-    from megatron.core.distributed import finalize_model_grads
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.rerun_state_machine import RerunDataIterator
-    from megatron.training import training
+    from copus_ext.bench.workbench import take_step
 
-    from copus_ext.run import gpt
-
-    config = job.config
-    config.grad_scale_func = job.optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
-    if job.args.overlap_grad_reduce:
-        config.no_sync_func = [chunk.no_sync for chunk in job.model]
-        config.no_sync_func = config.no_sync_func[0] if len(job.model) == 1 else config.no_sync_func
-    iterators = [RerunDataIterator(iter(_my_batches(job, first_sample))) for _ in job.model]
-    losses, _, _, _, _, grad_norm, *_ = training.train_step(
-        gpt.forward_step,
-        iterators if len(iterators) > 1 else iterators[0],
-        job.model,
-        job.optimizer,
-        job.scheduler,
-        config,
-        get_forward_backward_func(),
-        iteration=job.args.iteration,
-    )
-    loss = next((float(value) for value in losses.values()), None)
-    return Step(loss, grad_norm)
+    return take_step(job, _my_batches(job, first_sample))
 
 
 def pass_thrown_away(job: Any, first_sample: int) -> None:
     """Gradients of a global batch, accumulated and reduced, and no step taken with them."""
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.rerun_state_machine import RerunDataIterator, get_rerun_state_machine
+    from copus_ext.bench.workbench import accumulate
 
-    from copus_ext.run import gpt
-
-    iterator = RerunDataIterator(iter(_my_batches(job, first_sample)))
-    while get_rerun_state_machine().should_run_forward_backward(iterator):
-        for chunk in job.model:
-            chunk.zero_grad_buffer()
-        get_forward_backward_func()(
-            forward_step_func=gpt.forward_step,
-            data_iterator=iterator,
-            model=job.model,
-            num_microbatches=job.plan.num_microbatches,
-            seq_length=job.args.seq_length,
-            micro_batch_size=job.plan.micro_batch,
-            forward_only=False,
-        )
+    accumulate(job, _my_batches(job, first_sample))
 
 
 def _my_batches(job: Any, first_sample: int) -> list[dict[str, Any]]:

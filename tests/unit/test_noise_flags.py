@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from copus_ext.core.errors import UserError
+from copus_ext.core.files import write_whole
 from copus_ext.core.hardware import shared_cpu
 from copus_ext.core.model_shape import ModelShape
 from copus_ext.core.noise_scale import StepEstimate
@@ -48,11 +50,11 @@ def test_one_that_can_is_not(flags: dict[str, Any]) -> None:
 
 
 def test_a_plain_run_goes_on_with_the_noise_scale_that_its_checkpoint_knows(tmp_path: Path) -> None:
-    from copus_ext.run.noise_logger import STATE_FILE, _carried_on, _write
+    from copus_ext.run.noise_logger import STATE_FILE, _carried_on
 
     fresh = NoiseTracker.start("sketch", 1e6)
     saved = fresh.update(MeasuredStep(7, StepEstimate(2.0, 30.0), None, 256, 8, 1e-4))
-    _write(tmp_path / "iter_0000007" / STATE_FILE, saved)
+    write_whole(tmp_path / "iter_0000007" / STATE_FILE, json.dumps(saved.to_json()))
     assert _carried_on(fresh, str(tmp_path), 7) == saved
     assert _carried_on(fresh, str(tmp_path), 8) is fresh, "nothing stands there"
     other = NoiseTracker.start("adam", 1e6)

@@ -8,20 +8,19 @@ loses digits over many millions of numbers on a CPU (:mod:`copus_ext.adapters.no
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from copus_ext.adapters.noise.experts import ReducedExperts
+from copus_ext.adapters.noise.exact_sums import ExactSums
 from copus_ext.adapters.noise.overrides import override
-from copus_ext.adapters.noise.parameters import Counted, Kind
-from copus_ext.adapters.noise.parts import Parts
+from copus_ext.adapters.noise.parameters import IN_PARTS, WHOLE, Counted
 from copus_ext.adapters.noise.squares import square_norm
-from copus_ext.adapters.noise.sums import CLASSES, ExactSums
-
-_WHOLE = (Kind.OWN, Kind.EXPERT)
+from copus_ext.adapters.noise.sums import CLASSES
+from copus_ext.adapters.noise.taps import before_reduction
 
 
 class BucketNorms:
@@ -36,19 +35,17 @@ class BucketNorms:
     def __init__(self, model: Sequence[Any], counted: Sequence[Counted], groups: ProcessGroupCollection) -> None:
         """``counted``: all trainable parameters of the model."""
         self._model = model
-        in_parts = [one for one in counted if one.kind not in (*_WHOLE, Kind.DUPLICATE)]
+        in_parts = [one for one in counted if one.kind in IN_PARTS]
         self.params = [param for param, _ in in_parts]
-        self._parts = Parts([kind for _, kind in in_parts], groups)
-        self._not_whole = {id(param) for param, kind in counted if kind not in _WHOLE}
+        self._not_whole = {id(param) for param, kind in counted if kind not in WHOLE}
         device = counted[0].param.main_grad.device
         self._squares = torch.zeros(CLASSES, dtype=torch.float64, device=device)
-        self._reduced_experts = ReducedExperts(model, groups)
-        self._sums = ExactSums()
-        self._undo: list[Callable[[], None]] = []
+        self._sums = ExactSums(model, [kind for _, kind in in_parts], groups)
+        self._undo = contextlib.ExitStack()
 
     def attach(self) -> None:
         """Be there when buckets are checked, or reduced."""
-        self._reduced_experts.attach()
+        self._sums.attach()
         for chunk in self._model:
             for number, groups in enumerate((chunk.bucket_groups, chunk.expert_parallel_bucket_groups)):
                 for group in groups:
@@ -56,31 +53,25 @@ class BucketNorms:
 
     def detach(self) -> None:
         """Be there no longer."""
-        for undo in reversed(self._undo):
-            undo()
-        self._undo.clear()
-        self._reduced_experts.detach()
+        self._undo.close()
+        self._sums.detach()
 
     def begin(self, step: int) -> None:
         """A step begins, whatever its number."""
         self._squares.zero_()
-        self._parts.clear()
-        self._reduced_experts.square.zero_()
+        self._sums.begin()
 
     def read(self, index: int, number: int) -> None:
         """Take in a parameter that lies in parts."""
-        self._parts.add(index, number, self.params[index].main_grad)
+        self._sums.add_part(index, number, self.params[index].main_grad)
 
     def end(self, valid: bool) -> None:
         """Keep the step; as not a number where it is not ``valid``. Collective where gradients lie in parts."""
         dense, experts = self._squares
-        self._sums.add(dense + self._parts.squares(), experts, self._reduced_experts.square, valid)
+        self._sums.end(dense, experts, valid)
 
     def reduce(self) -> torch.Tensor:
-        """Collective. [steps, 2 (dense, experts), 2]: square sum of the groups, and square of their sum.
-
-        The latter is left 0 for dense parameters: with the experts' it makes up upstream's own gradient norm.
-        """
+        """Collective; as of :meth:`ExactSums.reduce`."""
         return self._sums.reduce()
 
     def _watch(self, group: Any, number: int) -> None:
@@ -90,21 +81,15 @@ class BucketNorms:
             check_grads = group.check_grads
 
             def take_then_check(*args: Any, **kwargs: Any) -> None:
-                norms = [self._take(bucket, number) for bucket in group.buckets]
-                with _told(group.buckets, norms):
+                with _told(group.buckets, self._take_all(group.buckets, number)):
                     check_grads(*args, **kwargs)
 
-            self._undo.append(override(group, "check_grads", take_then_check))
-            return
-        start_grad_sync = group.start_grad_sync
+            self._undo.callback(override(group, "check_grads", take_then_check))
+        else:
+            self._undo.callback(before_reduction(group, partial(self._take_all, group.buckets, number)))
 
-        def take_then_start(*args: Any, **kwargs: Any) -> Any:
-            if not (group.is_first_batch and group.grad_reduce_handle is not None):  # else it has started already
-                for bucket in group.buckets:
-                    self._take(bucket, number)
-            return start_grad_sync(*args, **kwargs)
-
-        self._undo.append(override(group, "start_grad_sync", take_then_start))
+    def _take_all(self, buckets: Sequence[Any], number: int) -> list[torch.Tensor]:
+        return [self._take(bucket, number) for bucket in buckets]
 
     def _take(self, bucket: Any, number: int) -> torch.Tensor:
         """Take in a bucket without what is counted elsewhere; its norm as a whole."""
@@ -129,9 +114,7 @@ class _Known:
 @contextlib.contextmanager
 def _told(buckets: Sequence[Any], norms: Sequence[torch.Tensor]) -> Iterator[None]:
     """Have upstream's check find the norms that are known."""
-    undo = [override(bucket, "grad_data", _Known(norm)) for bucket, norm in zip(buckets, norms, strict=True)]
-    try:
+    with contextlib.ExitStack() as undo:
+        for bucket, norm in zip(buckets, norms, strict=True):
+            undo.callback(override(bucket, "grad_data", _Known(norm)))
         yield
-    finally:
-        for take_back in undo:
-            take_back()

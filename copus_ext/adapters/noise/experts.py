@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class ReducedExperts:
         self._factor = 1.0 if model[0].config.calculate_per_token_loss else 1.0 / groups.dp_cp.size()
         device = next(model[0].module.parameters()).device
         self.square = torch.zeros((), dtype=torch.float64, device=device)
-        self._undo: list[Callable[[], Any]] = []
+        self._undo = contextlib.ExitStack()
 
     def attach(self) -> None:
         """Read from now on."""
@@ -36,9 +37,7 @@ class ReducedExperts:
 
     def detach(self) -> None:
         """Read no longer."""
-        for undo in reversed(self._undo):
-            undo()
-        self._undo.clear()
+        self._undo.close()
 
     def _wrap(self, group: Any) -> None:
         finish_grad_sync = group.finish_grad_sync
@@ -51,7 +50,7 @@ class ReducedExperts:
                     self.square += square_norm(part) / self._factor**2
             return result
 
-        self._undo.append(override(group, "finish_grad_sync", finish_then_read))
+        self._undo.callback(override(group, "finish_grad_sync", finish_then_read))
 
     def _reduced(self, group: Any) -> Iterator[torch.Tensor]:
         """What this rank counts: its shard, or all of it on one of the ranks that hold the same."""

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -133,7 +134,7 @@ class GradientNoise:
         self._steps: list[_Step] = []
         self._loss_scale = 1.0
         self._per_token_scale: float | torch.Tensor | None = None
-        self._undo: list[Callable[[], Any]] = []
+        self._undo = contextlib.ExitStack()
 
     @staticmethod
     def of_job(job: Job, estimator: str = AUTO, **options: Any) -> GradientNoise:
@@ -159,9 +160,7 @@ class GradientNoise:
         """Stop reading and leave the model as it was."""
         self._taps.detach()
         self.collector.detach()
-        for undo in reversed(self._undo):
-            undo()
-        self._undo.clear()
+        self._undo.close()
 
     def __enter__(self) -> GradientNoise:
         return self.attach()
@@ -241,7 +240,7 @@ class GradientNoise:
             scale_gradients(factor)
             self._per_token_scale = factor.clone() if isinstance(factor, torch.Tensor) else factor
 
-        self._undo.append(override(chunk, "scale_gradients", scale_and_tell))
+        self._undo.callback(override(chunk, "scale_gradients", scale_and_tell))
 
 
 def _weakly(method: Callable[[], None]) -> Callable[[], None]:

@@ -8,6 +8,7 @@ scale of these weights is not the model's: it has to be corrected by a full meas
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.nn import functional
 
 from copus_ext.adapters.noise.parameters import Counted, Kind
-from copus_ext.adapters.noise.sums import ORDER, FeatureSums
+from copus_ext.adapters.noise.sums import FeatureSums, lay_out
 
 
 class _Norm(NamedTuple):
@@ -43,27 +44,27 @@ class NormLayers:
         """
         self.params: list[Any] = []  # of which accumulated gradients are read: none
         modules = [m for chunk in model for m in chunk.module.modules() if is_norm(m)]
-        kinds = {id(param): kind for param, kind in counted}
-        mine = [p for m in modules for p in m.parameters(recurse=False) if id(p) in kinds]
+        of_norms = {id(p) for m in modules for p in m.parameters(recurse=False)}
+        mine = [one for one in counted if id(one.param) in of_norms]
         if not modules:
             raise ValueError("--copus-gns-estimator layernorm: this model has no norm layer of its own; use sketch")
-        places, spans = _lay_out(mine, kinds)
+        slices, spans = lay_out([kind for _, kind in mine], [param.numel() for param, _ in mine])
+        places = {id(param): place for (param, _), place in zip(mine, slices, strict=True)}
         self._norms = [_Norm(m, places.get(id(m.weight)), places.get(id(getattr(m, "bias", None)))) for m in modules]
         device = next(modules[0].parameters()).device
         self._features = torch.zeros(sequences, spans[Kind.TIED].stop, device=device)
         self._sums = FeatureSums(spans, groups)
         self._sequences: dict[torch.nn.Module, int] = {}  # whose backward has passed this layer in this step
-        self._undo: list[Callable[[], Any]] = []
+        self._undo = contextlib.ExitStack()
 
     def attach(self) -> None:
         """Hook the layers."""
-        self._undo = [norm.module.register_forward_hook(self._watch(norm)).remove for norm in self._norms]
+        for norm in self._norms:
+            self._undo.callback(norm.module.register_forward_hook(self._watch(norm)).remove)
 
     def detach(self) -> None:
         """Let them go."""
-        for undo in self._undo:
-            undo()
-        self._undo.clear()
+        self._undo.close()
 
     def begin(self, step: int) -> None:
         """A step begins, whatever its number."""
@@ -120,18 +121,3 @@ def _normalised(module: Any, hidden: torch.Tensor) -> torch.Tensor:
 def _per_sequence(values: torch.Tensor) -> torch.Tensor:
     """[tokens, micro-batch, ..., hidden] summed to [micro-batch, hidden]."""
     return values.sum(dim=[0, *range(2, values.dim() - 1)])
-
-
-def _lay_out(
-    params: Sequence[torch.nn.Parameter], kinds: dict[int, Kind]
-) -> tuple[dict[int, slice], dict[Kind, slice]]:
-    """Where each parameter lies in a feature vector, by ``id``, and each kind."""
-    places, spans, start = {}, {}, 0
-    for kind in ORDER:
-        first = start
-        for param in params:
-            if kinds[id(param)] is kind:
-                places[id(param)] = slice(start, start + param.numel())
-                start += param.numel()
-        spans[kind] = slice(first, start)
-    return places, spans

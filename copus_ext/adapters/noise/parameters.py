@@ -23,6 +23,10 @@ class Kind(Enum):
     DUPLICATE = "duplicate"  # counted on another tensor-parallel rank
 
 
+WHOLE = (Kind.OWN, Kind.EXPERT)
+IN_PARTS = (Kind.SUM_OVER_TP, Kind.MEAN_OVER_TP, Kind.TIED)
+
+
 class Counted(NamedTuple):
     """A trainable parameter (DDP gives it ``main_grad``, which gradients accumulate in) and how its gradient counts."""
 

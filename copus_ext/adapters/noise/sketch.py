@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -23,7 +24,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from copus_ext.adapters.noise.parameters import Counted, Kind
-from copus_ext.adapters.noise.sums import ORDER, FeatureSums
+from copus_ext.adapters.noise.sums import ORDER, FeatureSums, lay_out
 
 _KEPT = 6  # vectors of features there are at a time: slices, and steps waiting to be reduced
 _LEAST = 128  # numbers in a sketch, where its parameter has as many
@@ -74,12 +75,12 @@ class Sketch:
         self.params = [param for param, _ in counted]
         device = counted[0].param.main_grad.device
         shapes = [_cut(param.main_grad).rows.shape for param, _ in counted]
-        ends = _spans(counted, [shape[1] for shape in shapes])
-        self._features = torch.zeros(slices, ends[-1].stop, device=device)
+        places, spans = lay_out([kind for _, kind in counted], [shape[1] for shape in shapes])
+        self._features = torch.zeros(slices, sum(shape[1] for shape in shapes), device=device)
         self._signs = {kind: torch.empty(_signs(counted, shapes, kind), device=device) for kind in ORDER}
         self._random = torch.Generator(device)
-        self._places = dict(self._lay_out(counted, shapes, ends))
-        self._sums = FeatureSums(dict(zip(ORDER, ends, strict=True)), groups)
+        self._places = list(self._views(counted, shapes, places))
+        self._sums = FeatureSums(spans, groups)
 
     def begin(self, step: int) -> None:
         """Draw the signs of a step: the same for the same step, whatever came before it."""
@@ -117,36 +118,22 @@ class Sketch:
         """Collective. [steps, 2 (dense, experts), 2]: square sum of the groups, and square of their sum."""
         return self._sums.reduce()
 
-    def _lay_out(
-        self, counted: Sequence[Counted], shapes: Sequence[torch.Size], ends: Sequence[slice]
-    ) -> Iterator[tuple[int, _Place]]:
-        for kind, span in zip(ORDER, ends, strict=True):
-            mine = [index for index, (_, its_kind) in enumerate(counted) if its_kind is kind]
-            start = span.start
-            for number, index in enumerate(mine):
-                rows, columns = shapes[index]
-                # Signs are shared, each parameter beginning one further on: no two see the same products of signs.
-                signs = self._signs[kind][number : number + rows]
-                features = [values[start : start + columns] for values in self._features]
-                factor = None if self._preconditioner is None else _cut(self._preconditioner.factors[index])
-                yield index, _Place(_cut(counted[index].param.main_grad), factor, signs, features)
-                start += columns
+    def _views(
+        self, counted: Sequence[Counted], shapes: Sequence[torch.Size], places: Sequence[slice]
+    ) -> Iterator[_Place]:
+        before: Counter[Kind] = Counter()
+        for index, (param, kind) in enumerate(counted):
+            # Signs are shared, each parameter beginning one further on: no two see the same products of signs.
+            signs = self._signs[kind][before[kind] : before[kind] + shapes[index][0]]
+            before[kind] += 1
+            factor = None if self._preconditioner is None else _cut(self._preconditioner.factors[index])
+            yield _Place(_cut(param.main_grad), factor, signs, [values[places[index]] for values in self._features])
 
 
 def _signs(counted: Sequence[Counted], shapes: Sequence[torch.Size], kind: Kind) -> int:
     """How many signs the parameters of a kind need, each beginning one further on than the one before."""
     rows = [shape[0] for shape, (_, its_kind) in zip(shapes, counted, strict=True) if its_kind is kind]
     return max(rows, default=0) + len(rows)
-
-
-def _spans(counted: Sequence[Counted], lengths: Sequence[int]) -> list[slice]:
-    """Where the features of each kind lie, in :data:`ORDER`."""
-    spans, start = [], 0
-    for kind in ORDER:
-        stop = start + sum(length for (_, its), length in zip(counted, lengths, strict=True) if its is kind)
-        spans.append(slice(start, stop))
-        start = stop
-    return spans
 
 
 def _cut(tensor: torch.Tensor) -> _Cut:

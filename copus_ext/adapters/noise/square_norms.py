@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from copus_ext.adapters.noise.experts import ReducedExperts
-from copus_ext.adapters.noise.parameters import Counted, Kind
-from copus_ext.adapters.noise.parts import Parts
+from copus_ext.adapters.noise.exact_sums import ExactSums
+from copus_ext.adapters.noise.parameters import WHOLE, Counted, Kind
 from copus_ext.adapters.noise.squares import square_norm
-from copus_ext.adapters.noise.sums import ExactSums
 
 
 class SquareNorms:
@@ -35,23 +33,20 @@ class SquareNorms:
         self._previous = {
             index: torch.empty_like(param.main_grad) for index, (param, _) in enumerate(counted) if slices > 1
         }
-        self._parts = Parts([kind for _, kind in counted], groups)
-        self._sums = ExactSums()
-        self._reduced_experts = ReducedExperts(model, groups)
+        self._sums = ExactSums(model, [kind for _, kind in counted], groups)
 
     def attach(self) -> None:
         """Hooks of this reader's own."""
-        self._reduced_experts.attach()
+        self._sums.attach()
 
     def detach(self) -> None:
         """Take them away."""
-        self._reduced_experts.detach()
+        self._sums.detach()
 
     def begin(self, step: int) -> None:
         """A step begins, whatever its number."""
         self._squares.zero_()
-        self._parts.clear()
-        self._reduced_experts.square.zero_()
+        self._sums.begin()
 
     def read(self, index: int, number: int) -> None:
         """Take in what parameter ``index`` has accumulated since the end of the last slice."""
@@ -61,21 +56,17 @@ class SquareNorms:
             gradient = torch.sub(gradient, self._previous[index])
         if number < self.slices - 1:
             self._previous[index].copy_(param.main_grad)
-        if kind in (Kind.OWN, Kind.EXPERT):
+        if kind in WHOLE:
             self._squares[index, number] = square_norm(gradient)
         else:
-            self._parts.add(index, number, gradient)
+            self._sums.add_part(index, number, gradient)
 
     def end(self, valid: bool) -> None:
         """Keep the step; as not a number where it is not ``valid``. Collective where gradients lie in parts."""
         squares = self._squares.sum(1)
         experts = squares[self._experts].sum()
-        dense = squares.sum() - experts + self._parts.squares()
-        self._sums.add(dense, experts, self._reduced_experts.square, valid)
+        self._sums.end(squares.sum() - experts, experts, valid)
 
     def reduce(self) -> torch.Tensor:
-        """Collective. [steps, 2 (dense, experts), 2]: square sum of the groups, and square of their sum.
-
-        The latter is left 0 for dense parameters: with the experts' it makes up upstream's own gradient norm.
-        """
+        """Collective; as of :meth:`ExactSums.reduce`."""
         return self._sums.reduce()

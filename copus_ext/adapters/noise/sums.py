@@ -1,4 +1,4 @@
-"""Square sums of gradients, or of linear features of them, over all ranks.
+"""Square sums of linear features of gradients, over all ranks.
 
 A feature is linear in the gradient, so parts that lie on several ranks (tied embeddings, norms under sequence
 parallelism, everything under context parallelism) are added up as features, which are small, and squared then.
@@ -6,36 +6,30 @@ parallelism, everything under context parallelism) are added up as features, whi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from copus_ext.adapters.noise.parameters import Kind
+from copus_ext.adapters.noise.parameters import IN_PARTS, WHOLE, Kind
+from copus_ext.adapters.noise.parts import add_up
 
-ORDER = (Kind.OWN, Kind.EXPERT, Kind.SUM_OVER_TP, Kind.MEAN_OVER_TP, Kind.TIED)  # of spans in a feature vector
+ORDER = (*WHOLE, *IN_PARTS)  # of spans in a feature vector
 CLASSES = 2  # dense parameters, experts
 
 
-class ExactSums:
-    """Square sums that are exact on each rank, of some steps: added up over all ranks at once."""
-
-    def __init__(self) -> None:
-        self._steps: list[torch.Tensor] = []
-
-    def add(self, dense: torch.Tensor, experts: torch.Tensor, sum_of_experts: torch.Tensor, valid: bool) -> None:
-        """One step: squares of this rank's groups, and of what the experts' add up to."""
-        result = torch.zeros(CLASSES, 2, dtype=torch.float64, device=dense.device)
-        result[0, 0], result[1, 0], result[1, 1] = dense, experts, sum_of_experts
-        self._steps.append(result if valid else result * float("nan"))
-
-    def reduce(self) -> torch.Tensor:
-        """Collective over all ranks. [steps, 2 (dense, experts), 2] as of :meth:`FeatureSums.reduce`."""
-        result = torch.stack(self._steps)
-        self._steps.clear()
-        dist.all_reduce(result)
-        return result
+def lay_out(kinds: Sequence[Kind], lengths: Sequence[int]) -> tuple[list[slice], dict[Kind, slice]]:
+    """Where each parameter's features lie in a feature vector, and each kind's, which are together."""
+    places, spans, start = [slice(0, 0)] * len(kinds), {}, 0
+    for kind in ORDER:
+        first = start
+        for index, length in enumerate(lengths):
+            if kinds[index] is kind:
+                places[index] = slice(start, start + length)
+                start += length
+        spans[kind] = slice(first, start)
+    return places, spans
 
 
 class FeatureSums:
@@ -77,20 +71,13 @@ class FeatureSums:
 
     def _add_up(self, parts: torch.Tensor) -> None:
         """Replace in [steps, groups, length] what several ranks hold parts of by its sum or mean."""
-        groups = self._groups
-        if groups.cp.size() > 1:
-            dist.all_reduce(parts, group=groups.cp)
-        for kind, group in (
-            (Kind.SUM_OVER_TP, groups.tp),
-            (Kind.MEAN_OVER_TP, groups.tp),
-            (Kind.TIED, groups.embd),
-        ):
+        if self._groups.cp.size() > 1:
+            dist.all_reduce(parts, group=self._groups.cp)
+        for kind in IN_PARTS:
             span = self._spans[kind]
             if span.stop > span.start:
                 place = parts[..., span.start - self._whole : span.stop - self._whole]
-                part = place.contiguous()
-                dist.all_reduce(part, group=group)
-                place.copy_(part / group.size() if kind is Kind.MEAN_OVER_TP else part)
+                place.copy_(add_up(place.clone(memory_format=torch.contiguous_format), kind, self._groups))
 
     def _squares_of_totals(self, totals: torch.Tensor) -> torch.Tensor:
         """[steps, length] sums over this rank's groups -> [steps, 2] squares of the sums over all groups.

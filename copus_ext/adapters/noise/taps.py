@@ -7,6 +7,7 @@ read by then is read just before ``start_grad_sync``. Both serve 1F1B and interl
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -59,6 +60,19 @@ class Tap:
         self._next_end += self._window
 
 
+def before_reduction(group: Any, action: Callable[[], Any]) -> Callable[[], None]:
+    """Have ``action`` done just before a bucket group's gradients are scaled and reduced; what undoes that."""
+    start_grad_sync = group.start_grad_sync
+
+    def act_then_start(*args: Any, **kwargs: Any) -> Any:
+        already_started = group.is_first_batch and group.grad_reduce_handle is not None
+        if not already_started:
+            action()
+        return start_grad_sync(*args, **kwargs)
+
+    return override(group, "start_grad_sync", act_then_start)
+
+
 class GradientTaps:
     """Hooks on the parameters of DDP-wrapped model chunks, between :meth:`attach` and :meth:`detach`."""
 
@@ -74,7 +88,7 @@ class GradientTaps:
         self._model, self._on_begin = model, on_begin
         window = num_microbatches // reader.slices
         self._taps = {param: Tap(index, reader, window) for index, param in enumerate(params)}
-        self._undo: list[Callable[[], Any]] = []
+        self._undo = contextlib.ExitStack()
 
     def attach(self) -> None:
         """Start reading. No step may be under way."""
@@ -86,9 +100,7 @@ class GradientTaps:
 
     def detach(self) -> None:
         """Stop reading and leave the model as it was."""
-        for undo in reversed(self._undo):
-            undo()
-        self._undo.clear()
+        self._undo.close()
 
     def complete(self) -> bool:
         """Whether every parameter got a gradient from each micro-batch of the last pass, or from none.
@@ -110,24 +122,20 @@ class GradientTaps:
             self._begin()
             zero_grad_buffer()
 
-        self._undo.append(override(chunk, "zero_grad_buffer", begin_then_zero))
+        self._undo.callback(override(chunk, "zero_grad_buffer", begin_then_zero))
 
     def _wrap_grad_sync(self, group: Any) -> None:
-        start_grad_sync = group.start_grad_sync
         taps = [self._taps[p] for bucket in group.buckets for p in bucket.params_list if p in self._taps]
 
-        def read_then_start(*args: Any, **kwargs: Any) -> Any:
-            already_started = group.is_first_batch and group.grad_reduce_handle is not None
-            if not already_started:
-                for tap in taps:
-                    tap.about_to_reduce()
-            return start_grad_sync(*args, **kwargs)
+        def read() -> None:
+            for tap in taps:
+                tap.about_to_reduce()
 
-        self._undo.append(override(group, "start_grad_sync", read_then_start))
+        self._undo.callback(before_reduction(group, read))
 
     def _hook_accumulation(self, chunk: Any) -> None:
         """Hooks registered now run behind DDP's own, which adds the micro-batch to ``main_grad``."""
         trainable = [param for param in chunk.module.parameters() if param.requires_grad]
         for param, accumulator in zip(trainable, chunk.grad_accs, strict=True):
             if param in self._taps:
-                self._undo.append(accumulator.register_hook(self._taps[param].accumulated).remove)
+                self._undo.callback(accumulator.register_hook(self._taps[param].accumulated).remove)

@@ -1,17 +1,20 @@
-"""Carry a transfer plan out: pack, send point to point, unpack, in rounds of bounded size."""
+"""One round of a move: copies within a rank, messages between ranks, straight into place where they can be."""
 
 from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from copus_ext.core.geometry import strides
-from copus_ext.core.transfer import Holding, Transfer, rounds
+from copus_ext.core.transfer import Holding, Transfer
+
+_DIRECT_BYTES = 2**18  # from here on a tensor is a message of its own: packing it would cost more than the message
+_ALIGNMENT = 64
 
 
 class Piece(NamedTuple):
@@ -28,66 +31,133 @@ class Piece(NamedTuple):
         return [t.as_strided(shape, steps, t.storage_offset() + first) for t in self.tensors]
 
 
-class _Message(NamedTuple):
-    """What goes between this rank and ``peer`` in one round: views of one dtype, packed one behind the other."""
+class Scratch:
+    """Memory for packing that is used again in every round."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
+        self._used = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Held now."""
+        return self._memory.numel()
+
+    def reserve(self, nbytes: int) -> None:
+        """Make place for a round that takes ``nbytes``; what was taken before is given back."""
+        self._used = 0
+        if nbytes > self._memory.numel():
+            self._memory = torch.empty(0, dtype=torch.uint8, device=self._memory.device)  # never both
+            self._memory = torch.empty(nbytes, dtype=torch.uint8, device=self._memory.device)
+
+    def take(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised 1-D tensor."""
+        first, size = self._used, elements * dtype.itemsize
+        self._used += _aligned(size)
+        return self._memory[first : first + size].view(dtype)
+
+
+class Message(NamedTuple):
+    """What goes between this rank and ``peer``: tensors of one dtype, packed, or one alone that needs no packing."""
 
     peer: int
-    buffer: torch.Tensor
     views: list[torch.Tensor]
 
+    @property
+    def elements(self) -> int:
+        """Of all tensors."""
+        return sum(view.numel() for view in self.views)
 
-def exchange(transfers: Sequence[Transfer], old: Sequence[Piece], new: Sequence[Piece], chunk_bytes: int) -> None:
-    """Fill ``new`` from ``old`` and from the other ranks' pieces, as the plan says. Collective.
+    @property
+    def is_direct(self) -> bool:
+        """It can go from where it lies, or to it."""
+        return len(self.views) == 1 and self.views[0].is_contiguous()
 
-    Args:
-        transfers: of all ranks, in the plan's order, the same on every rank.
-        old: this rank's pieces before; not changed.
-        new: this rank's pieces after.
-        chunk_bytes: what a rank sends and receives at most in one round, and so the memory for packing.
-    """
-    rank = dist.get_rank()
-    for batch in rounds(transfers, chunk_bytes):
-        for transfer in batch:
-            if transfer.source == transfer.target == rank:
-                for target, source in zip(_views(new, transfer.given), _views(old, transfer.taken), strict=True):
-                    target.copy_(source)
-        outgoing = [t for t in batch if t.on_wire and t.source == rank]
-        incoming = [t for t in batch if t.on_wire and t.target == rank]
-        sends = list(_messages((t.target, v) for t in outgoing for v in _views(old, t.taken)))
-        receives = list(_messages((t.source, v) for t in incoming for v in _views(new, t.given)))
-        _run(sends, receives)
+    @property
+    def packed_bytes(self) -> int:
+        """What packing takes of the scratch memory."""
+        return 0 if self.is_direct else _aligned(self.elements * self.views[0].element_size())
 
 
-def _run(sends: list[_Message], receives: list[_Message]) -> None:
-    for message in sends:
-        for part, view in _parts(message):
-            part.copy_(view)
-    operations = [dist.P2POp(dist.isend, message.buffer, message.peer) for message in sends]
-    operations += [dist.P2POp(dist.irecv, message.buffer, message.peer) for message in receives]
-    for work in dist.batch_isend_irecv(operations) if operations else []:
-        work.wait()
-    for message in receives:
-        for part, view in _parts(message):
-            view.copy_(part)
+class Exchange:
+    """A round of transfers on this rank: first :meth:`prepare`, which may fail for want of memory, then :meth:`run`."""
+
+    def __init__(self, transfers: Iterable[Transfer], old: Sequence[Piece], new: Sequence[Piece]) -> None:
+        """``transfers``: of the round, of all ranks, in the order that all ranks have them in."""
+        rank = dist.get_rank()
+        mine = [t for t in transfers if rank in (t.source, t.target)]
+        self.taken = [t.taken for t in mine if t.source == rank]
+        self.given = [t.given for t in mine if t.target == rank]
+        self._old, self._new = old, new
+        self._local = [t for t in mine if not t.on_wire]
+        self._out = [(t.target, t.taken) for t in mine if t.on_wire and t.source == rank]
+        self._in = [(t.source, t.given) for t in mine if t.on_wire and t.target == rank]
+
+    def prepare(self, scratch: Scratch) -> None:
+        """Find where everything lies. The pieces of both sides must have their memory."""
+        self._sends = list(_messages((peer, v) for peer, held in self._out for v in _views(self._old, held)))
+        self._receives = list(_messages((peer, v) for peer, held in self._in for v in _views(self._new, held)))
+        scratch.reserve(sum(m.packed_bytes for m in (*self._sends, *self._receives)))
+        self._scratch = scratch
+
+    def run(self) -> None:
+        """Pack, send, copy what stays, receive, unpack. Collective over the ranks that the round's transfers name."""
+        buffers = [(m, self._buffer(m)) for m in self._sends]
+        arrivals = [(m, self._buffer(m)) for m in self._receives]
+        for message, buffer in buffers:
+            if not message.is_direct:
+                _pack(message, buffer)
+        operations = [dist.P2POp(dist.isend, buffer, message.peer) for message, buffer in buffers]
+        operations += [dist.P2POp(dist.irecv, buffer, message.peer) for message, buffer in arrivals]
+        works = dist.batch_isend_irecv(operations) if operations else []
+        for transfer in self._local:
+            pairs = zip(_views(self._new, transfer.given), _views(self._old, transfer.taken), strict=True)
+            for target, source in pairs:
+                target.copy_(source)
+        for work in works:
+            work.wait()
+        for message, buffer in arrivals:
+            if not message.is_direct:
+                _unpack(message, buffer)
+
+    def _buffer(self, message: Message) -> torch.Tensor:
+        if message.is_direct:
+            return message.views[0]
+        return self._scratch.take(message.elements, message.views[0].dtype)
+
+
+def _messages(views: Iterator[tuple[int, torch.Tensor]]) -> Iterator[Message]:
+    """Large tensors alone, others by peer and dtype; both ends sort alike, so that the n-th sent is received n-th."""
+    grouped: defaultdict[tuple[int, str], list[torch.Tensor]] = defaultdict(list)
+    for peer, view in views:
+        if view.numel() * view.element_size() >= _DIRECT_BYTES:
+            yield Message(peer, [view])
+        else:
+            grouped[peer, str(view.dtype)].append(view)
+    for peer, dtype in sorted(grouped):
+        yield Message(peer, grouped[peer, dtype])
 
 
 def _views(pieces: Sequence[Piece], holding: Holding) -> list[torch.Tensor]:
     return pieces[holding.piece].views(holding.start, holding.box.shape)
 
 
-def _messages(views: Iterator[tuple[int, torch.Tensor]]) -> Iterator[_Message]:
-    """One message per peer and dtype; both ends sort them alike, so the n-th sent is the n-th received."""
-    grouped: defaultdict[tuple[int, str], list[torch.Tensor]] = defaultdict(list)
-    for peer, view in views:
-        grouped[peer, str(view.dtype)].append(view)
-    for peer, dtype in sorted(grouped):
-        parts = grouped[peer, dtype]
-        buffer = torch.empty(sum(v.numel() for v in parts), dtype=parts[0].dtype, device=parts[0].device)
-        yield _Message(peer, buffer, parts)
+def _pack(message: Message, buffer: torch.Tensor) -> None:
+    for part, view in _parts(message, buffer):
+        part.copy_(view)
 
 
-def _parts(message: _Message) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _unpack(message: Message, buffer: torch.Tensor) -> None:
+    for part, view in _parts(message, buffer):
+        view.copy_(part)
+
+
+def _parts(message: Message, buffer: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The buffer's part for each view, in its shape."""
     ends = itertools.accumulate(view.numel() for view in message.views)
     for end, view in zip(ends, message.views, strict=True):
-        yield message.buffer[end - view.numel() : end].view(view.shape), view
+        yield buffer[end - view.numel() : end].view(view.shape), view
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

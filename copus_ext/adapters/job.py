@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.global_vars import set_args
 from megatron.training.training import setup_model_and_optimizer
 
+from copus_ext.adapters.hollow import WithoutMemory, empty
 from copus_ext.core.plan import Plan
 
 
@@ -37,12 +38,17 @@ class Job:
     optimizer: Any
     scheduler: Any
     config: Any
+    memory: dict[bool, Any] = field(default_factory=dict, repr=False)
 
     def ready(self) -> None:
         """Put what ``train()`` sets and takes away back to where a job that was just built has it."""
         for chunk in self.model:
             if getattr(chunk, "use_forward_hook", False) and not chunk.remove_forward_pre_hook_handles:
                 chunk.enable_forward_pre_hook()
+        self._unset_functions()
+
+    def rest(self) -> None:
+        """Take out what ties a job that was left to the step it was left at."""
         self._unset_functions()
 
     def release(self) -> None:
@@ -54,6 +60,7 @@ class Job:
         for embedding in (RotaryEmbedding, YarnRotaryEmbedding):
             embedding.forward.cache_clear()  # the cache of a method keeps its object, and that keeps its model
         self.model, self.optimizer, self.scheduler = [], None, None
+        self.memory.clear()
 
     def _unset_functions(self) -> None:
         """``train()`` puts bound methods of the model into its configuration, and asserts that it finds none there."""
@@ -81,8 +88,8 @@ def build_job(
         plan: the plan that ``args`` are for.
         args: validated arguments. ``args.load`` is obeyed: a checkpoint is loaded where it names one.
         groups: the layout's process groups, which must be the active ones.
-        initialise_weights: False leaves weights as they come from the allocator, for a reshard to fill. Models are
-            then built by every rank for itself.
+        initialise_weights: False builds a hollow job (:mod:`copus_ext.adapters.hollow`), for a reshard to fill.
+            Models are then built by every rank for itself.
         when_models_are_built: called between the models and the optimizer, which is built by all ranks together.
     """
     set_args(args)
@@ -95,7 +102,7 @@ def build_job(
         model_config.transformer.output_layer_init_method = _leave_as_is
         model_config.transformer.embedding_init_method = _leave_as_is
     container = pretrain_cfg_container_from_args(args, model_config)
-    with contextlib.nullcontext() if initialise_weights else _tied_embeddings_left_apart():
+    with contextlib.nullcontext() if initialise_weights else _hollow(model_config):
         model, optimizer, scheduler = setup_model_and_optimizer(
             ModelType.encoder_or_decoder, cfg_container=container, pg_collection=groups, checkpointing_context={}
         )
@@ -112,11 +119,23 @@ def _call_and_pass_on(call: Callable[[], None], model: list[Any]) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _tied_embeddings_left_apart() -> Iterator[None]:
-    """Build models without the all-reduce that makes tied embeddings of the first and the last stage equal."""
+def _hollow(model_config: Any) -> Iterator[None]:
+    """Empty the weights of models once they are built, and build what comes behind them without memory.
+
+    The all-reduce that makes tied embeddings of the first and the last stage equal is left out.
+    """
     takes_part = LanguageModule._is_in_embd_group
     LanguageModule._is_in_embd_group = lambda _: False
-    try:
-        yield
-    finally:
-        LanguageModule._is_in_embd_group = takes_part
+    with contextlib.ExitStack() as without_memory:
+
+        def empty_weights(models: list[Any]) -> list[Any]:
+            for parameter in (p for model in models for p in model.parameters()):
+                empty(parameter)
+            without_memory.enter_context(WithoutMemory())
+            return models
+
+        model_config.pre_wrap_hooks.append(empty_weights)
+        try:
+            yield
+        finally:
+            LanguageModule._is_in_embd_group = takes_part

@@ -13,7 +13,8 @@ An axis that Megatron prepends (layer, expert) goes into the name: ``weight:deco
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -55,7 +56,11 @@ class JobState:
         number = len(self.pieces)
         self.pieces.append(piece)
         item_bytes = sum(t.element_size() for t in piece.tensors)
-        stop = piece.first + piece.tensors[0].numel()
+        count = piece.tensors[0].numel()
+        if count == math.prod(piece.shape):  # the usual case, without looking for what two boxes have in common
+            self.holdings += [Holding(f"{kind}:{name}", box, number, start, item_bytes) for name, box, start in boxes]
+            return
+        stop = piece.first + count
         for part in flat_range_boxes(piece.shape, piece.first, stop):
             for name, box, start in boxes:
                 common = intersect(part, Box(start, box.shape))
@@ -70,6 +75,13 @@ class LocalBox(NamedTuple):
     name: str
     box: Box
     start: tuple[int, ...]
+
+
+class PlacedTensor(NamedTuple):
+    """A model's tensor on this rank, and where its parts lie in logical tensors."""
+
+    tensor: torch.Tensor
+    boxes: list[LocalBox]
 
 
 def uncovered(args: argparse.Namespace) -> str | None:
@@ -99,29 +111,51 @@ def job_state(job: Job, *, with_moments: bool) -> JobState:
     Raises:
         UnsupportedReshard: a tensor that cannot be placed in logical coordinates.
     """
-    state, shards = JobState(), _shards(job.optimizer)
     names = moment_names(job.args) if with_moments else ()
-    seen: set[int] = set()
-    for entry in _entries(job):
-        tensor = entry.data
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        boxes, shard = _local_boxes(entry), shards.get(id(tensor))
+    # The job's own group: without it, upstream asks parallel_state, where another layout may be active.
+    return state_of(placed_tensors(job.model, job.groups.dp_cp), _shards(job.optimizer), names)
+
+
+def placed_tensors(model: Sequence[Any], dp_cp: Any) -> list[PlacedTensor]:
+    """What Megatron would checkpoint of a model's parameters and buffers on this rank, each tensor once.
+
+    Args:
+        model: its chunks on this rank, wrapped or not.
+        dp_cp: the data and context parallel group.
+
+    Raises:
+        UnsupportedReshard: a tensor that cannot be placed, or one that Megatron does not name or copies.
+    """
+    placed: dict[int, PlacedTensor] = {}
+    for entry in _entries(model, dp_cp):
+        if id(entry.data) not in placed:
+            placed[id(entry.data)] = PlacedTensor(entry.data, _local_boxes(entry))
+    _check_complete(model, placed.keys())
+    return list(placed.values())
+
+
+def state_of(placed: Iterable[PlacedTensor], shards: Mapping[int, Shard], names: tuple[str, ...]) -> JobState:
+    """Pieces of a rank that has these tensors of the model.
+
+    Args:
+        placed: in the order in which Megatron names them.
+        shards: what the optimizer keeps on that rank, by ``id`` of the tensor.
+        names: the optimizer's tensors per parameter; none where no step was made yet.
+    """
+    state = JobState()
+    for tensor, boxes in placed:
+        shard = shards.get(id(tensor))
         weight = _weight(tensor, shard)
         if weight is not None:
             state.add("weight", weight, boxes)
         if shard is not None and names:
             state.add("moments", Piece(tuple(tensor.shape), shard.first, _moments(shard, names)), boxes)
-    _check_complete(job, seen)
     return state
 
 
-def _entries(job: Job) -> Iterator[Any]:
-    """What Megatron would checkpoint of the model's tensors on this rank."""
-    for chunk in job.model:
-        # The job's own group: without it, upstream asks parallel_state, where another layout may be active.
-        entries = unwrap_model(chunk).sharded_state_dict(metadata={"dp_cp_group": job.groups.dp_cp})
+def _entries(model: Sequence[Any], dp_cp: Any) -> Iterator[Any]:
+    for chunk in model:
+        entries = unwrap_model(chunk).sharded_state_dict(metadata={"dp_cp_group": dp_cp})
         for entry in nested_values(entries):
             if isinstance(entry, ShardedTensor | ShardedTensorFactory) and entry.data.numel():
                 yield entry
@@ -191,10 +225,10 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().view(-1)
 
 
-def _check_complete(job: Job, seen: set[int]) -> None:
+def _check_complete(model: Sequence[Any], seen: Set[int]) -> None:
     """Every parameter was seen, and nothing but parameters and buffers: a copy could not be written to."""
-    parameters = {id(p): name for chunk in job.model for name, p in chunk.named_parameters()}
-    buffers = {id(b) for chunk in job.model for b in unwrap_model(chunk).buffers()}
+    parameters = {id(p): name for chunk in model for name, p in chunk.named_parameters()}
+    buffers = {id(b) for chunk in model for b in unwrap_model(chunk).buffers()}
     missing = parameters.keys() - seen
     if missing:
         raise UnsupportedReshard(f"Megatron's sharded state does not name parameter {parameters[missing.pop()]}")

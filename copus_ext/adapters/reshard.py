@@ -4,11 +4,13 @@
     report = reshard(old, new)
     carry_scheduler(old, new)
 
-``old`` keeps its state, so a caller who does not like the report can go on with it.
+The state is moved, not copied: memory of ``old`` is given back as ``new`` fills, and no rank ever holds both. After it
+``old`` is hollow, and can be the ``new`` of another one. When anything fails, ``old`` is as it was and ``new`` hollow.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,87 +18,90 @@ import torch
 import torch.distributed as dist
 
 from copus_ext.adapters.carry import carry_grad_scaler, optimizer_step, set_optimizer_step
-from copus_ext.adapters.checksum import Checksums, agree
-from copus_ext.adapters.exchange import exchange
+from copus_ext.adapters.checksum import Checksums
 from copus_ext.adapters.job import Job
-from copus_ext.adapters.job_state import (
-    JobState,
-    UnsupportedReshard,
-    job_state,
-    moment_names,
-    uncovered,
-)
+from copus_ext.adapters.job_memory import JobMemory, Side
+from copus_ext.adapters.job_state import UnsupportedReshard, moment_names, uncovered
+from copus_ext.adapters.move import Ledger, Move, MoveFailed
 from copus_ext.adapters.optimizer_shards import inner_optimizers
 from copus_ext.adapters.phases import Phases
 from copus_ext.core.plan import Layout
-from copus_ext.core.transfer import Holding, TransferPlan, plan_transfer
+from copus_ext.core.streaming import Stream, stream
+from copus_ext.core.transfer import Holding, TransferError, plan_transfer
 
-CHUNK_BYTES = 256 * 2**20
-_Sides = tuple[list[Holding], list[Holding]]
+__all__ = ["MoveFailed", "PlanCache", "ReshardReport", "TransferError", "UnsupportedReshard", "reshard"]
 
 
 @dataclass(frozen=True)
 class ReshardReport:
     """What a reshard did.
 
-    ``seconds`` on this rank by phase: plan, move, sync (weights from main parameters, counters), verify. Bytes are over
-    all ranks: ``bytes_moved`` went from rank to rank, ``bytes_minimum`` had to. ``exact``: the checksums of all logical
-    tensors agree before and after; ``differing`` names those that don't.
+    ``seconds`` on this rank by phase: plan, move, verify, sync (weights from main parameters, counters, memory for
+    gradients). Bytes are over all ranks: ``bytes_moved`` went from rank to rank, ``bytes_minimum`` had to. On this
+    rank, ``state_bytes`` are what the larger of the two jobs takes between steps (weights, gradients, optimizer), and
+    ``peak_extra_bytes`` what was held beyond that at any time.
     """
 
     seconds: dict[str, float]
     bytes_moved: int
     bytes_minimum: int
-    exact: bool
-    differing: tuple[str, ...] = ()
+    state_bytes: int
+    peak_extra_bytes: int
 
 
 @dataclass
 class PlanCache:
-    """Transfer plans by pair of layouts. One cache serves one model and one process."""
+    """What was planned, by pair of layouts. One serves one model and one process."""
 
-    plans: dict[tuple[Layout, Layout, bool], tuple[_Sides, TransferPlan]] = field(default_factory=dict)
+    known: dict[tuple[Layout, Layout, bool], tuple[Stream, Checksums]] = field(default_factory=dict)
 
 
 @torch.no_grad()
-def reshard(old: Job, new: Job, *, plans: PlanCache | None = None, chunk_bytes: int = CHUNK_BYTES) -> ReshardReport:
+def reshard(old: Job, new: Job, *, plans: PlanCache | None = None, chunk_bytes: int | None = None) -> ReshardReport:
     """Give ``new`` the weights, optimizer state, step count and loss scale of ``old``. Collective over all ranks.
 
     Hyper-parameters (learning rate, betas, weight decay) are ``new``'s own: they come from its plan's arguments.
-    Pending parameter gathers of ``old`` are finished; otherwise it is left as it is.
 
     Args:
         old: a job between two steps.
-        new: a job of the same model and precision in any layout on the same ranks.
+        new: a job of the same model and precision in any layout on the same ranks; what it holds is lost.
         plans: keeps what is planned, so that going between the same two layouts again costs no planning.
-        chunk_bytes: what a rank packs and sends at most at a time.
+        chunk_bytes: what a rank handles at most at a time; a 16th of its state up to 32 MiB where it is not given.
 
     Raises:
         UnsupportedReshard: state that is not covered, on every rank and before anything is moved.
         TransferError: the two jobs do not hold the same logical tensors; likewise.
+        MoveFailed: memory ran out, or checksums of a tensor differ, on any rank. ``old`` has everything again.
     """
     phases = Phases()
     with phases("plan"):
         _refuse_uncovered(old, new)
         _finish_parameter_gathers(old)
         step = _highest(optimizer_step(old), old)
-        before, after, plan = _planned(old, new, step >= 0, plans if plans is not None else PlanCache())
-    rank = dist.get_rank()
-    with phases("verify"):
-        together = max(1, len(moment_names(new.args)))
-        checksums = Checksums(plan.keys, plan.new_cover, together, _device(new))
-        sums_before = checksums.of(plan.old_cover[rank], before.pieces)
+        plan, checksums = _planned(old, new, step >= 0, plans or PlanCache(), chunk_bytes)
+        before, after = old.memory[step >= 0], new.memory[step >= 0]
     with phases("move"):
-        exchange(plan.transfers, before.pieces, after.pieces, chunk_bytes)
+        ledger = Ledger(before.held)
+        after.empty()
+        ledger.add(-before.gradients.empty() - before.kept.empty(before.derived))
+    move = Move(plan, Side(before), Side(after), checksums, ledger, phases)
+    try:
+        move.run()
+    except MoveFailed:
+        before.gradients.fill()
+        before.kept.fill(before.derived)
+        _derive_weights(old)
+        raise
     with phases("sync"):
+        before.empty()
+        ledger.add(after.kept.fill() + after.gradients.fill())
         if step >= 0:
             set_optimizer_step(new, step)
         carry_grad_scaler(old, new)
         _derive_weights(new)
-    with phases("verify"):
-        differing = agree(sums_before, checksums.of(plan.new_cover[rank], after.pieces))
-    names = tuple(plan.keys[row] for row in differing)
-    return ReshardReport(phases.seconds, plan.bytes_moved, plan.bytes_minimum, not names, names)
+    size = max(before.nbytes, after.nbytes)
+    minimum = plan.plan.bytes_minimum
+    return ReshardReport(phases.seconds, plan.plan.bytes_moved, minimum, size, max(0, ledger.peak - size))
 
 
 def _refuse_uncovered(old: Job, new: Job) -> None:
@@ -110,32 +115,46 @@ def _refuse_uncovered(old: Job, new: Job) -> None:
         raise UnsupportedReshard(reason)
 
 
-def _planned(old: Job, new: Job, with_moments: bool, cache: PlanCache) -> tuple[JobState, JobState, TransferPlan]:
-    """This rank's state on both sides and the plan between them, from the cache or from all ranks' holdings."""
-    before, after, failure = JobState(), JobState(), None
-    try:
-        before, after = job_state(old, with_moments=with_moments), job_state(new, with_moments=with_moments)
-    except UnsupportedReshard as error:
-        failure = str(error)
-    except Exception as error:  # out of memory, say: the other ranks must hear of anything, or they wait forever
-        failure = f"{type(error).__name__}: {error}"
-    mine = (before.holdings, after.holdings)
+def _planned(
+    old: Job, new: Job, with_moments: bool, plans: PlanCache, chunk_bytes: int | None
+) -> tuple[Stream, Checksums]:
+    """The plan between two jobs, whose memory is looked at where it was not before."""
     key = (old.plan.layout, new.plan.layout, with_moments)
-    known, plan = cache.plans.get(key, (None, None))
-    if not _highest(int(failure is not None or known != mine), old) and plan is not None:
-        return before, after, plan
-    plan = _plan_together(mine, failure)
-    cache.plans[key] = (mine, plan)
-    return before, after, plan
+    failure = _looked_at(old, with_moments) or _looked_at(new, with_moments)
+    sides = [job.memory[with_moments].state.holdings if not failure else [] for job in (old, new)]
+    known = plans.known.get(key)
+    rank = dist.get_rank()
+    fits = known is not None and [known[0].old[rank], known[0].new[rank]] == sides
+    if not _highest(int(not fits), old) and known is not None:
+        return known
+    plan = _plan_together(sides, failure, chunk_bytes)
+    together = max(1, len(moment_names(new.args)))
+    plans.known[key] = plan, Checksums(plan.plan.keys, plan.new, together, old.memory[with_moments].device)
+    return plans.known[key]
 
 
-def _plan_together(mine: _Sides, failure: str | None) -> TransferPlan:
+def _looked_at(job: Job, with_moments: bool) -> str | None:
+    """Why a job's state cannot be found; ``None`` where it is known now."""
+    if with_moments in job.memory:
+        return None
+    try:
+        job.memory[with_moments] = JobMemory(job, with_moments=with_moments)
+    except UnsupportedReshard as error:
+        return str(error)
+    except Exception as error:  # the other ranks must hear of anything, or they wait forever
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _plan_together(mine: list[list[Holding]], failure: str | None, chunk_bytes: int | None) -> Stream:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, failure or mine)
     failures = [f"rank {rank}: {said}" for rank, said in enumerate(gathered) if isinstance(said, str)]
     if failures:
         raise UnsupportedReshard(failures[0])
-    return plan_transfer([sides[0] for sides in gathered], [sides[1] for sides in gathered])
+    old, new = [sides[0] for sides in gathered], [sides[1] for sides in gathered]
+    plan = plan_transfer(old, new, ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return stream(plan, old, new, chunk_bytes)
 
 
 def _finish_parameter_gathers(job: Job) -> None:
@@ -158,10 +177,6 @@ def _derive_weights(job: Job) -> None:
 
 def _highest(value: int, job: Job) -> int:
     """The largest of all ranks' values."""
-    tensor = torch.tensor([value], device=_device(job))
+    tensor = torch.tensor([value], device=next(job.model[0].parameters()).device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return int(tensor)
-
-
-def _device(job: Job) -> torch.device:
-    return next(job.model[0].parameters()).device

@@ -2,22 +2,22 @@
 
 What a rank holds is a list of :class:`Holding`: boxes of logical tensors, with where they lie on the rank. Replicas (of
 data parallelism, of tied embeddings) are simply more holders. From the holdings of all ranks before and after, every
-rank computes the same plan: each new box is covered exactly once, by the rank's own data where it has it, and else by
-the holder that has least to send.
+rank computes the same plan: each new box is covered exactly once, by the rank's own data where it has it, else by a
+holder on its node, and among those by the one that has least to send.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from copus_ext.core.geometry import Box, intersect, shift, subtract, subtract_all
+from copus_ext.core.geometry import Box, intersect, shift, subtract
 
 Holdings = Sequence[Sequence["Holding"]]  # by rank
 
@@ -83,67 +83,43 @@ class TransferPlan:
     """What every rank does, the same on every rank.
 
     ``bytes_moved`` are those that go over wires, over all ranks; ``bytes_minimum`` those that must, computed in
-    another way. ``old_cover`` and ``new_cover`` name, by rank, parts that hold every logical element exactly once.
+    another way.
     """
 
     transfers: tuple[Transfer, ...]
     keys: tuple[str, ...]
     bytes_moved: int
     bytes_minimum: int
-    old_cover: tuple[tuple[Holding, ...], ...]
-    new_cover: tuple[tuple[Holding, ...], ...]
 
 
-def plan_transfer(old: Holdings, new: Holdings) -> TransferPlan:
+def plan_transfer(old: Holdings, new: Holdings, *, ranks_per_node: int = 1, partial: bool = False) -> TransferPlan:
     """The plan that gives every rank what it holds in ``new`` from what all hold in ``old``.
 
     Args:
         old: by rank, what it holds now. Where boxes of a key overlap they are replicas.
-        new: by rank, what it will hold.
+        new: by rank, what it will hold; as many ranks as in ``old``, of which some may hold nothing on a side.
+        ranks_per_node: ranks ``[n k, (n + 1) k)`` share node ``n``.
+        partial: ``new`` need not hold all of what ``old`` holds.
 
     Raises:
-        TransferError: a key is on one side only, or part of a new box is held by nobody.
+        TransferError: a key is on one side only, part of a new box is held by nobody, or part of an old one is lost.
     """
     old_by_key, new_by_key = _by_key(old), _by_key(new)
-    if old_by_key.keys() != new_by_key.keys():
-        one_sided = sorted(old_by_key.keys() ^ new_by_key.keys())
+    one_sided = sorted(new_by_key.keys() - old_by_key.keys() if partial else old_by_key.keys() ^ new_by_key.keys())
+    if one_sided:
         raise TransferError(f"only one of the two jobs has {one_sided[0]} (and {len(one_sided) - 1} others)")
     keys = tuple(sorted(new_by_key))
-    sent_bytes = [0] * len(old)
+    sources = _Sources(len(old), ranks_per_node)
     transfers: list[Transfer] = []
     minimum = 0
     for key in keys:
         for target, wanted in new_by_key[key]:
-            transfers += _cover(target, wanted, old_by_key[key], sent_bytes)
+            transfers += sources.cover(target, wanted, old_by_key[key])
         minimum += _must_move(old_by_key[key], new_by_key[key])
+        if not partial:
+            _check_same_elements(key, old_by_key[key], new_by_key[key])
     moved = sum(t.nbytes for t in transfers if t.on_wire)
-    old_cover, new_cover = (_exact_cover(keys, side, len(old)) for side in (old_by_key, new_by_key))
-    _check_same_elements(keys, old_cover, new_cover)
-    return TransferPlan(tuple(transfers), keys, moved, minimum, old_cover, new_cover)
-
-
-def rounds(transfers: Sequence[Transfer], limit_bytes: int) -> Iterator[list[Transfer]]:
-    """Cut a plan's transfers into rounds in which no rank sends and receives more than ``limit_bytes`` over wires.
-
-    A transfer larger than that is split, down to single elements. Order is kept: rounds are the same on every rank.
-    """
-    current: list[Transfer] = []
-    used: defaultdict[int, int] = defaultdict(int)
-    waiting = list(reversed(transfers))
-    while waiting:
-        transfer = waiting.pop()
-        size = transfer.nbytes if transfer.on_wire else 0
-        if size > limit_bytes and transfer.taken.box.volume > 1:
-            waiting.extend(reversed(transfer.halves()))
-            continue
-        if current and max(used[transfer.source], used[transfer.target]) + size > limit_bytes:
-            yield current
-            current, used = [], defaultdict(int)
-        current.append(transfer)
-        used[transfer.source] += size
-        used[transfer.target] += size
-    if current:
-        yield current
+    return TransferPlan(tuple(transfers), keys, moved, minimum)
 
 
 def _by_key(side: Holdings) -> dict[str, list[tuple[int, Holding]]]:
@@ -154,90 +130,90 @@ def _by_key(side: Holdings) -> dict[str, list[tuple[int, Holding]]]:
     return dict(found)
 
 
-def _cover(
-    target: int, wanted: Holding, holders: list[tuple[int, Holding]], sent_bytes: list[int]
-) -> Iterator[Transfer]:
-    """Transfers that fill one new box; ``sent_bytes`` by rank is brought up to date."""
+class _Sources:
+    """Chooses holders, and remembers what each has to send."""
 
-    def preference(holder: tuple[int, Holding]) -> tuple[bool, int, int]:
-        rank = holder[0]
-        return rank != target, sent_bytes[rank], (rank - target) % len(sent_bytes)
+    def __init__(self, ranks: int, ranks_per_node: int) -> None:
+        self._sent_bytes = [0] * ranks
+        self._node = [rank // ranks_per_node for rank in range(ranks)]
 
-    missing = [wanted.box]
-    for source, held in sorted(holders, key=preference):
-        rest = []
-        for box in missing:
-            common = intersect(box, held.box)
-            if common is None:
-                rest.append(box)
-                continue
-            transfer = Transfer(source, target, held.part(common), wanted.part(common))
-            sent_bytes[source] += transfer.nbytes * transfer.on_wire
-            yield transfer
-            rest += subtract(box, common)
-        missing = rest
-        if not missing:
-            return
-    raise TransferError(f"nobody holds {missing[0]} of {wanted.key}, which rank {target} needs")
+    def cover(self, target: int, wanted: Holding, holders: list[tuple[int, Holding]]) -> Iterator[Transfer]:
+        """Transfers that fill one new box."""
+        missing = [wanted.box]
+        for source, held in self._by_preference(target, wanted, holders):
+            rest = []
+            for box in missing:
+                common = intersect(box, held.box)
+                if common is None:
+                    rest.append(box)
+                    continue
+                transfer = Transfer(source, target, held.part(common), wanted.part(common))
+                self._sent_bytes[source] += transfer.nbytes * transfer.on_wire
+                yield transfer
+                rest += subtract(box, common)
+            missing = rest
+            if not missing:
+                return
+        raise TransferError(f"nobody holds {missing[0]} of {wanted.key}, which rank {target} needs")
+
+    def _by_preference(
+        self, target: int, wanted: Holding, holders: list[tuple[int, Holding]]
+    ) -> Iterable[tuple[int, Holding]]:
+        for rank, held in holders:  # most boxes stay where they are, and need no sorting
+            if rank == target and held.box == wanted.box:
+                return [(rank, held)]
+
+        def preference(holder: tuple[int, Holding]) -> tuple[bool, bool, int, int]:
+            rank = holder[0]
+            far = self._node[rank] != self._node[target]
+            return rank != target, far, self._sent_bytes[rank], (rank - target) % len(self._node)
+
+        return sorted(holders, key=preference)
 
 
 def _must_move(old: list[tuple[int, Holding]], new: list[tuple[int, Holding]]) -> int:
     """Bytes of one key that ranks need and do not hold themselves: no plan can move less."""
-    needs: defaultdict[int, list[Box]] = defaultdict(list)
-    for rank, holding in new:
-        needs[rank].append(holding.box)
-    elements = sum(
-        _absent(boxes, [holding.box for holder, holding in old if holder == rank]) for rank, boxes in needs.items()
-    )
+    needs, holds = _boxes_by_rank(new), _boxes_by_rank(old)
+    known: dict[tuple[frozenset[Box], frozenset[Box]], int] = {}  # replicas need and hold the same
+    elements = 0
+    for rank, boxes in needs.items():
+        case = frozenset(boxes), frozenset(holds.get(rank, ()))
+        if case not in known:
+            known[case] = _absent(list(case[0]), list(case[1]))
+        elements += known[case]
     return elements * new[0][1].item_bytes
+
+
+def _boxes_by_rank(holders: list[tuple[int, Holding]]) -> dict[int, list[Box]]:
+    boxes: defaultdict[int, list[Box]] = defaultdict(list)
+    for rank, holding in holders:
+        boxes[rank].append(holding.box)
+    return boxes
 
 
 def _absent(needed: list[Box], held: list[Box]) -> int:
     """Elements in ``needed`` and not in ``held``, counted on the grid that all their edges make."""
-    if needed == held:
+    if set(needed) <= set(held):
         return 0
     boxes = needed + held
-    edges = [np.unique([(b.offset[i], b.end[i]) for b in boxes]) for i in range(len(needed[0].shape))]
+    edges = [sorted({edge for b in boxes for edge in (b.offset[i], b.end[i])}) for i in range(len(needed[0].shape))]
     grid = np.zeros([len(e) - 1 for e in edges], dtype=bool)
     for box in needed:
         grid[_cells(box, edges)] = True
     for box in held:
         grid[_cells(box, edges)] = False
-    sizes = [[int(b - a) for a, b in pairwise(e)] for e in edges]
+    sizes = [[b - a for a, b in pairwise(e)] for e in edges]
     return sum(math.prod(s[i] for s, i in zip(sizes, cell, strict=True)) for cell in np.argwhere(grid).tolist())
 
 
-def _cells(box: Box, edges: list[np.ndarray]) -> tuple[slice, ...]:
+def _cells(box: Box, edges: list[list[int]]) -> tuple[slice, ...]:
     return tuple(
-        slice(*np.searchsorted(edge, (start, end))) for start, end, edge in zip(box.offset, box.end, edges, strict=True)
+        slice(edge.index(start), edge.index(end)) for start, end, edge in zip(box.offset, box.end, edges, strict=True)
     )
 
 
-def _exact_cover(
-    keys: tuple[str, ...], by_key: dict[str, list[tuple[int, Holding]]], world_size: int
-) -> tuple[tuple[Holding, ...], ...]:
-    """By rank, parts of its holdings such that every element held by anybody is named exactly once."""
-    parts: list[list[Holding]] = [[] for _ in range(world_size)]
-    load = [0] * world_size
-    for key in keys:
-        taken: list[Box] = []
-        for rank, holding in sorted(by_key[key], key=lambda held: (load[held[0]], held[0])):
-            for box in subtract_all(holding.box, taken):
-                parts[rank].append(holding.part(box))
-                load[rank] += box.volume * holding.item_bytes
-            taken.append(holding.box)
-    return tuple(map(tuple, parts))
-
-
-def _check_same_elements(
-    keys: tuple[str, ...], old: tuple[tuple[Holding, ...], ...], new: tuple[tuple[Holding, ...], ...]
-) -> None:
-    sizes: list[dict[str, int]] = []
-    for side in (old, new):
-        size = dict.fromkeys(keys, 0)
-        for part in (part for parts in side for part in parts):
-            size[part.key] += part.box.volume * part.item_bytes
-        sizes.append(size)
-    for key in keys:
-        if sizes[0][key] != sizes[1][key]:
-            raise TransferError(f"{key} has {sizes[0][key]} bytes in the old job and {sizes[1][key]} in the new one")
+def _check_same_elements(key: str, old: list[tuple[int, Holding]], new: list[tuple[int, Holding]]) -> None:
+    """Every new box is covered by now, so that all is there if it is as much."""
+    sizes = [_absent(list({held.box for _, held in side}), []) * side[0][1].item_bytes for side in (old, new)]
+    if sizes[0] != sizes[1]:
+        raise TransferError(f"{key} has {sizes[0]} bytes in the old job and {sizes[1]} in the new one")

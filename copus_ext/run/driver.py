@@ -15,7 +15,6 @@ from megatron.training.global_vars import set_global_variables
 from copus_ext.adapters.arguments import arguments_for, first_line, model_shape
 from copus_ext.adapters.job import build_job
 from copus_ext.adapters.layouts import LayoutGroups
-from copus_ext.adapters.reshard import PlanCache
 from copus_ext.adapters.tokenizer import make_tokenizer
 from copus_ext.core.candidates import infeasible_reason
 from copus_ext.core.errors import UserError
@@ -35,7 +34,7 @@ from copus_ext.run.data import Data
 from copus_ext.run.hardware import describe_hardware
 from copus_ext.run.knowledge import Knowledge, SavedState, load_state
 from copus_ext.run.progress import steps_beyond, steps_until
-from copus_ext.run.switch import SwitchFailed, switch
+from copus_ext.run.switch import Switcher, SwitchFailed
 from copus_ext.run.telemetry import Telemetry, quiet
 from megatron.patches.training_hooks import observing
 
@@ -55,7 +54,7 @@ class Driver:
         plan = saved.plan if saved else config.first_plan
         _check_ranks(plan, raw)
         self.layouts = LayoutGroups()  # before upstream makes any group
-        self.transfers = PlanCache()
+        self.switcher = Switcher(raw, self.layouts)
         raw.padded_vocab_size = self._padded_vocabulary()
         self._check_schedule()
         args = arguments_for(raw, plan, announce=True, **self._overrides(plan))
@@ -227,7 +226,7 @@ class Driver:
         old = self.job.plan
         try:
             with quiet():
-                self.job, report = switch(self.job, plan, self.raw, self._overrides(plan), self.layouts, self.transfers)
+                self.job, report = self.switcher.switch(self.job, plan, self._overrides(plan))
         except SwitchFailed as fault:
             self.knowledge.rejected[plan] = str(fault)
             self.telemetry.event("fault", kind="switch", message=str(fault), plan=str(plan))

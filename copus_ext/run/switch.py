@@ -17,23 +17,32 @@ from megatron.training.global_vars import set_args
 from copus_ext.adapters.arguments import arguments_for, first_line
 from copus_ext.adapters.carry import RngState, carry_scheduler
 from copus_ext.adapters.job import Job, build_job
+from copus_ext.adapters.job_memory import gradients
 from copus_ext.adapters.layouts import LayoutGroups
 from copus_ext.adapters.phases import Phases
-from copus_ext.adapters.reshard import PlanCache, UnsupportedReshard, reshard
-from copus_ext.core.plan import Plan
-from copus_ext.core.transfer import TransferError
+from copus_ext.adapters.reshard import MoveFailed, PlanCache, TransferError, UnsupportedReshard, reshard
+from copus_ext.core.plan import Layout, Plan
 from copus_ext.run.progress import carry_progress
+
+_KEPT = 8
 
 
 @dataclass
 class SwitchReport:
-    """How a switch went. ``exact``: checksums before and after agree; ``seconds`` by phase add up to the whole."""
+    """How a switch went.
+
+    ``seconds`` by phase, on this rank, add up to the whole. Bytes moved from rank to rank, and those that had to, are
+    over all ranks. ``state_bytes`` and ``peak_extra_bytes`` are this rank's, as of :class:`ReshardReport`. ``exact``:
+    checksums of all that moved agree; a switch where they do not is given up.
+    """
 
     old: Plan
     new: Plan
     seconds: dict[str, float] = field(default_factory=dict)
     bytes_moved: int = 0
     bytes_minimum: int = 0
+    state_bytes: int = 0
+    peak_extra_bytes: int = 0
     exact: bool = True
 
     @property
@@ -46,53 +55,71 @@ class SwitchFailed(RuntimeError):
     """The switch was given up. All ranks are back on the old plan, with nothing lost."""
 
 
-def switch(
-    job: Job,
-    plan: Plan,
-    raw: argparse.Namespace,
-    overrides: dict[str, Any],
-    layouts: LayoutGroups,
-    transfers: PlanCache,
-) -> tuple[Job, SwitchReport]:
-    """Go from the job's plan to ``plan``. Collective over all ranks.
+class Switcher:
+    """Takes a run's job from plan to plan. Jobs that were left stay, hollow, so that going back builds nothing."""
 
-    Args:
-        job: what trains now, between two steps.
-        plan: where to go.
-        raw: upstream's arguments before validation.
-        overrides: further arguments for the new plan (learning rates, padded vocabulary).
-        layouts: the process groups of layouts used so far.
-        transfers: the transfer plans made so far.
+    def __init__(self, raw: argparse.Namespace, layouts: LayoutGroups) -> None:
+        """``raw``: upstream's arguments before validation. ``layouts``: the process groups of layouts used so far."""
+        self._raw, self._layouts = raw, layouts
+        self._plans = PlanCache()
+        self._hollow: dict[Layout, Job] = {}  # the one left longest ago comes first
 
-    Returns:
-        The job to go on with, and how it went.
+    def switch(self, job: Job, plan: Plan, overrides: dict[str, Any]) -> tuple[Job, SwitchReport]:
+        """Go from the job's plan to ``plan``. Collective over all ranks.
 
-    Raises:
-        SwitchFailed: a rank could not prepare, or the state did not arrive as it left; ``job`` is as it was.
-    """
-    phases = Phases()
-    report = SwitchReport(job.plan, plan, phases.seconds)
-    with phases("prepare"):
-        args = _agreed(lambda _: arguments_for(raw, plan, **overrides), f"the arguments of {plan}")
-        carry_progress(job.args, args)
-        if plan.layout == job.plan.layout:
-            _change_batch(job, plan, args)
-            return job, report
-        rng = RngState.capture()
-    with _return_if_it_fails(job, layouts, rng):
+        Args:
+            job: what trains now, between two steps.
+            plan: where to go.
+            overrides: further arguments for the new plan (learning rates, padded vocabulary).
+
+        Returns:
+            The job to go on with, and how it went.
+
+        Raises:
+            SwitchFailed: a rank could not prepare, or the state did not arrive as it left; ``job`` is as it was.
+        """
+        phases = Phases()
+        report = SwitchReport(job.plan, plan, phases.seconds)
         with phases("prepare"):
-            new = _agreed(lambda vote: _prepare(plan, args, layouts, vote), f"the job of {plan}")
-        moved = reshard(job, new, plans=transfers)
-        if not moved.exact:
-            raise SwitchFailed(f"moving to {plan} changed {', '.join(moved.differing[:3])}")
-    phases.seconds.update(moved.seconds)
-    report.bytes_moved, report.bytes_minimum, report.exact = moved.bytes_moved, moved.bytes_minimum, moved.exact
-    with phases("release"):
-        carry_scheduler(job, new)
-        rng.restore_for(new, args.iteration)
-        job.release()
-        gc.collect()
-    return new, report
+            args = _agreed(lambda _: arguments_for(self._raw, plan, **overrides), f"the arguments of {plan}")
+            carry_progress(job.args, args)
+            if plan.layout == job.plan.layout:
+                _change_batch(job, plan, args)
+                return job, report
+            rng = RngState.capture()
+        with _return_if_it_fails(job, self._layouts, rng):
+            with phases("prepare"):
+                gradients(job).empty()  # what is built next may take their place
+                new = self._prepared(plan, args)
+            moved = reshard(job, new, plans=self._plans)
+        for phase, seconds in moved.seconds.items():
+            phases.seconds[phase] = phases.seconds.get(phase, 0.0) + seconds
+        report.bytes_moved, report.bytes_minimum = moved.bytes_moved, moved.bytes_minimum
+        report.state_bytes, report.peak_extra_bytes = moved.state_bytes, moved.peak_extra_bytes
+        with phases("release"):
+            carry_scheduler(job, new)
+            rng.restore_for(new, args.iteration)
+            self._keep(job)
+        return new, report
+
+    def _prepared(self, plan: Plan, args: argparse.Namespace) -> Job:
+        """A hollow job for ``plan``, in charge."""
+        kept = self._hollow.pop(plan.layout, None)
+        if kept is None:
+            return _agreed(lambda vote: _built(plan, args, self._layouts, vote), f"the job of {plan}")
+        self._layouts.activate(plan.layout, args)
+        _change_batch(kept, plan, args)
+        return kept
+
+    def _keep(self, job: Job) -> None:
+        if job.args.cuda_graph_impl != "none":  # graphs name the memory that they were captured with
+            job.release()
+            return
+        job.rest()
+        self._hollow[job.plan.layout] = job
+        if len(self._hollow) > _KEPT:
+            self._hollow.pop(next(iter(self._hollow))).release()
+            gc.collect()
 
 
 @contextlib.contextmanager
@@ -100,17 +127,18 @@ def _return_if_it_fails(job: Job, layouts: LayoutGroups, rng: RngState) -> Itera
     """Put the old job back in charge when the block fails, which it does on all ranks alike."""
     try:
         yield
-    except (SwitchFailed, UnsupportedReshard, TransferError) as error:
+    except (SwitchFailed, UnsupportedReshard, TransferError, MoveFailed) as error:
         put_in_charge(job, layouts)
         rng.restore()
         gc.collect()
+        gradients(job).fill()
         raise SwitchFailed(str(error)) from error
 
 
-def _prepare(plan: Plan, args: argparse.Namespace, layouts: LayoutGroups, vote: Callable[[], None]) -> Job:
-    """Groups, model and optimizer of the next plan, with weights still to come.
+def _built(plan: Plan, args: argparse.Namespace, layouts: LayoutGroups, vote: Callable[[], None]) -> Job:
+    """Groups, model and optimizer of the next plan, hollow.
 
-    Models are where memory runs out, and are built by each rank for itself; what comes behind them is collective.
+    Models are where memory may run out, and are built by each rank for itself; what comes behind them is collective.
     """
     groups = layouts.activate(plan.layout, args)
     set_micro_batches(args)
@@ -121,7 +149,7 @@ def _prepare(plan: Plan, args: argparse.Namespace, layouts: LayoutGroups, vote: 
 
 
 def _change_batch(job: Job, plan: Plan, args: argparse.Namespace) -> None:
-    """Other batch sizes on the same layout: nothing is built, only what counts batches is told."""
+    """Other batch sizes, or another time, on the same layout: nothing is built, only what counts batches is told."""
     for group in job.optimizer.param_groups:
         group["max_lr"] = _rate_under(args, job.args, group["max_lr"], "lr", "decoupled_lr")
         group["min_lr"] = _rate_under(args, job.args, group["min_lr"], "min_lr", "decoupled_min_lr")

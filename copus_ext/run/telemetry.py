@@ -113,6 +113,8 @@ class Telemetry:
             seconds=report.seconds,
             bytes_moved=report.bytes_moved,
             bytes_minimum=report.bytes_minimum,
+            state_bytes=report.state_bytes,
+            peak_extra_bytes=report.peak_extra_bytes,
             exact=report.exact,
         )
         phases = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in report.seconds.items())

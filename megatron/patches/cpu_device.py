@@ -109,7 +109,8 @@ def _redirect_tensors_and_modules() -> None:
         # Upstream's optimizers take a parameter only when its type reads torch.cuda.FloatTensor and the like.
         if dtype is not None:
             return plain_type(self, dtype, *args, **kwargs)
-        return plain_type(self).replace("torch.", "torch.cuda.", 1)
+        name: str = plain_type(self)  # under a torch function mode, what we redirect comes back through us
+        return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
 
     plain_to = torch.Tensor.to
 

@@ -50,8 +50,7 @@ def back_and_forth(plan: Plan, flags: str) -> list[list[Outcome]]:
 
 
 def outcomes(job: Any, raw: Any, layouts: Any, snapshot: Any, start: int) -> list[Outcome]:
-    from copus_ext.adapters.reshard import PlanCache
-    from copus_ext.run.switch import put_in_charge, switch
+    from copus_ext.run.switch import Switcher, put_in_charge
     from tests.ranks.gathering import full_state, full_weights, same
     from tests.ranks.steps import train_steps
 
@@ -61,7 +60,7 @@ def outcomes(job: Any, raw: Any, layouts: Any, snapshot: Any, start: int) -> lis
         if detour:
             put_in_charge(job, layouts)
             larger = {"padded_vocab_size": 128, "lr": 2e-3}
-            switch(job, job.plan.with_batch(16), raw, larger, layouts, PlanCache())
+            Switcher(raw, layouts).switch(job, job.plan.with_batch(16), larger)
             train_steps(job, layouts, detour, start)
         snapshot.restore(job)
         losses = train_steps(job, layouts, 3, start)

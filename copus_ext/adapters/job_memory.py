@@ -1,0 +1,110 @@
+"""What of a job's state takes memory on this rank, and giving it back or filling it, all at once or piece by piece."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+
+from copus_ext.adapters.exchange import Piece
+from copus_ext.adapters.hollow import Storages, WithoutMemory, is_hollow
+from copus_ext.adapters.job import Job
+from copus_ext.adapters.job_state import JobState, job_state
+from copus_ext.adapters.optimizer_shards import inner_optimizers, optimizer_shards
+
+
+class JobMemory:
+    """The storages of a job on this rank.
+
+    Attributes:
+        state: the pieces that have to be moved to another layout, and what they hold.
+        kept: storages of parameters, main parameters and moments.
+        gradients: storages of gradient buffers, whose content does not outlive a step.
+        derived: numbers of those in ``kept`` that no piece lies in: half-precision weights.
+    """
+
+    def __init__(self, job: Job, *, with_moments: bool) -> None:
+        """Look at ``job``, which may be hollow; moments that it does not have yet are made, hollow then.
+
+        Raises:
+            UnsupportedReshard: a tensor that cannot be placed in logical coordinates.
+        """
+        self._job = job
+        with WithoutMemory() if _is_hollow(job) else contextlib.nullcontext():
+            self.state: JobState = job_state(job, with_moments=with_moments)
+        self.kept = Storages(_kept(job))
+        self.gradients = gradients(job)
+        in_pieces = self.kept.sizes(tensor for piece in self.state.pieces for tensor in piece.tensors)
+        self.derived = [number for number in self.kept.sizes(_kept(job)) if number not in in_pieces]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state lies."""
+        return next(self._job.model[0].parameters()).device
+
+    @property
+    def nbytes(self) -> int:
+        """Of a job that is not hollow."""
+        return self.kept.nbytes + self.gradients.nbytes
+
+    @property
+    def held(self) -> int:
+        """Bytes that the job takes now."""
+        return self.kept.held + self.gradients.held
+
+    def empty(self) -> None:
+        """Make the job hollow."""
+        self.gradients.empty()
+        self.kept.empty()
+
+
+class Side:
+    """Which storages of a job are needed while its pieces arrive, or are read, one after the other."""
+
+    def __init__(self, memory: JobMemory) -> None:
+        self.memory = memory
+        self.pieces: Sequence[Piece] = memory.state.pieces
+        self._storages = [list(memory.kept.sizes(piece.tensors)) for piece in self.pieces]
+        self._readers: defaultdict[int, set[int]] = defaultdict(set)
+        for number, storages in enumerate(self._storages):
+            for storage in storages:
+                self._readers[storage].add(number)
+
+    def of(self, pieces: Iterable[int]) -> list[int]:
+        """The storages of these pieces, each once."""
+        return list(dict.fromkeys(storage for piece in pieces for storage in self._storages[piece]))
+
+    def released(self, pieces: Iterable[int]) -> list[int]:
+        """The storages that nothing reads any more now that these pieces are not read either."""
+        free = []
+        for piece in pieces:
+            for storage in self._storages[piece]:
+                self._readers[storage].discard(piece)
+                if not self._readers[storage]:
+                    free.append(storage)
+        return list(dict.fromkeys(free))
+
+
+def _is_hollow(job: Job) -> bool:
+    return any(is_hollow(parameter) for chunk in job.model for parameter in chunk.parameters())
+
+
+def _kept(job: Job) -> Iterator[torch.Tensor]:
+    for chunk in job.model:
+        yield from chunk.parameters()
+    for shard in optimizer_shards(job.optimizer).values():
+        yield shard.main
+        kept = shard.optimizer.state.get(shard.main, {})
+        yield from (t for t in kept.values() if isinstance(t, torch.Tensor) and t.numel() == shard.main.numel() > 1)
+
+
+def gradients(job: Job) -> Storages:
+    """Gradient buffers, whose content does not outlive a step; whatever else refers to gradients forgets them."""
+    for wrapper in inner_optimizers(job.optimizer):
+        for group in wrapper.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+    buffers = [b for chunk in job.model for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    return Storages(tensor for buffer in buffers for tensor in (buffer.grad_data, *buffer.extra_main_grads))

@@ -1,0 +1,123 @@
+"""Carrying a stream out: memory is filled as pieces arrive, given back as they are read, and a fault undoes it all."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from copus_ext.adapters.checksum import Checksums
+from copus_ext.adapters.exchange import Exchange, Scratch
+from copus_ext.adapters.job_memory import Side
+from copus_ext.adapters.phases import Phases
+from copus_ext.core.streaming import Round, Stream, stream
+from copus_ext.core.transfer import plan_transfer
+
+
+class MoveFailed(RuntimeError):
+    """A rank had no memory for what should arrive, or checksums differ. Everything is back where it was."""
+
+
+class Ledger:
+    """Bytes that a move holds on this rank, and the most that it ever held."""
+
+    def __init__(self, held: int) -> None:
+        self.held = self.peak = held
+
+    def add(self, nbytes: int) -> None:
+        """Taken (or, below 0, given back)."""
+        self.held += nbytes
+        self.peak = max(self.peak, self.held)
+
+
+class Move:
+    """One stream on this rank, from ``old`` to ``new``, both sides' gradients being gone already."""
+
+    def __init__(
+        self, plan: Stream, old: Side, new: Side, checksums: Checksums, ledger: Ledger, phases: Phases
+    ) -> None:
+        self._stream, self._old, self._new = plan, old, new
+        self._checksums, self._ledger, self._phases = checksums, ledger, phases
+        self._device = old.memory.device
+        self._rank = dist.get_rank()
+        self._scratch = Scratch(self._device)
+        self._sums: torch.Tensor | None = None
+
+    def run(self) -> None:
+        """Move everything. Collective.
+
+        Raises:
+            MoveFailed: on all ranks alike, when it has been undone.
+        """
+        self._release(self._stream.unread)
+        for number, this in enumerate((*self._stream.rounds, None)):
+            exchange, failure = self._prepared(this)
+            failure = self._agree(failure)  # on this round's memory, and on the last round's checksums
+            if failure:
+                self._undo(max(0, number - 1))
+                raise MoveFailed(failure)
+            if number:
+                self._release(self._stream.rounds[number - 1].released)
+            if exchange is not None:
+                self._carry_out(exchange)
+        self._ledger.add(-self._scratch.nbytes)
+
+    def _prepared(self, this: Round | None) -> tuple[Exchange | None, str | None]:
+        """Memory for a round; or why there is none, which the other ranks have to hear of before they wait for it."""
+        if this is None:
+            return None, None
+        with self._phases("move"):
+            exchange = Exchange(this.transfers, self._old.pieces, self._new.pieces)
+            before = self._scratch.nbytes
+            try:
+                self._ledger.add(self._new.memory.kept.fill(self._new.of(held.piece for held in exchange.given)))
+                exchange.prepare(self._scratch)
+            except RuntimeError as error:  # CUDA's out of memory is one
+                return None, f"rank {self._rank}: {str(error).splitlines()[0]}"
+            self._ledger.add(self._scratch.nbytes - before)
+        return exchange, None
+
+    def _carry_out(self, exchange: Exchange) -> None:
+        with self._phases("verify"):
+            sums = self._checksums.of(exchange.taken, self._old.pieces)
+        with self._phases("move"):
+            exchange.run()
+        with self._phases("verify"):
+            sums -= self._checksums.of(exchange.given, self._new.pieces)
+            self._sums = sums
+
+    def _agree(self, failure: str | None) -> str | None:
+        """What went wrong on any rank, with this round's memory or with the last round's checksums."""
+        with self._phases("verify"):
+            sums = torch.zeros(0, dtype=torch.int64, device=self._device) if self._sums is None else self._sums
+            votes = torch.cat([sums.flatten(), torch.tensor([failure is not None], device=self._device)])
+            dist.all_reduce(votes)
+            if not votes.any():
+                return None
+            if votes[-1]:
+                said: list[str | None] = [None] * dist.get_world_size()
+                dist.all_gather_object(said, failure)
+                return next(words for words in said if words is not None)
+            return f"checksums differ: {', '.join(self._differing(votes[:-1].view(sums.shape))[:3])}"
+
+    def _differing(self, sums: torch.Tensor) -> list[str]:
+        rows = sums.flatten(1).any(dim=1).tolist()
+        return list(itertools.compress(self._stream.plan.keys, rows))
+
+    def _release(self, released: Sequence[Sequence[int]]) -> None:
+        self._ledger.add(-self._old.memory.kept.empty(self._old.released(released[self._rank])))
+
+    def _undo(self, ready: int) -> None:
+        """Bring back what was released, from wherever it is by now."""
+        lost, held = self._stream.lost_after(ready), self._stream.held_after(ready)
+        back = stream(plan_transfer(held, lost, partial=True), held, lost, self._stream.limit_bytes)
+        first = 1 + max((h.piece for h in self._stream.old[self._rank]), default=-1)
+        sources = [*self._old.pieces[:first], *self._new.pieces]
+        self._old.memory.kept.fill(self._old.of(h.piece for h in lost[self._rank]))
+        for this in back.rounds:
+            exchange = Exchange(this.transfers, sources, self._old.pieces)
+            exchange.prepare(self._scratch)
+            exchange.run()
+        self._new.memory.empty()

@@ -1,0 +1,156 @@
+"""In what order a transfer plan is carried out, and what can be let go on the way, so that no rank holds two copies.
+
+Transfers go in rounds of bounded size. What a rank held before is released as soon as nobody reads it any more. Which
+tensors come first decides how much a rank holds in between: the order is the greedy one, that takes next the tensor
+that leaves the fullest rank least full.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from copus_ext.core.transfer import Holding, Holdings, Transfer, TransferPlan
+
+Array = NDArray[np.float64]
+_LIMIT, _LEAST_LIMIT = 32 * 2**20, 2**18  # bytes
+
+
+@dataclass(frozen=True)
+class Round:
+    """What goes together. ``released`` are, by rank, the old pieces that nothing reads after this round."""
+
+    transfers: tuple[Transfer, ...]
+    released: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A transfer plan in rounds, the same on every rank. ``unread``: by rank, old pieces that nobody reads at all."""
+
+    plan: TransferPlan
+    old: Holdings
+    new: Holdings
+    unread: tuple[tuple[int, ...], ...]
+    rounds: tuple[Round, ...]
+    limit_bytes: int
+
+    def lost_after(self, count: int) -> list[list[Holding]]:
+        """By rank, what it held before and has released by the end of the first ``count`` rounds."""
+        gone = [set(pieces) for pieces in self.unread]
+        for done in self.rounds[:count]:
+            for rank, pieces in enumerate(done.released):
+                gone[rank].update(pieces)
+        return [[held for held in side if held.piece in gone[r]] for r, side in enumerate(self.old)]
+
+    def held_after(self, count: int) -> list[list[Holding]]:
+        """By rank, what it holds then: old pieces, and new ones, whose numbers follow those of all old ones."""
+        gone = [{held.piece for held in side} for side in self.lost_after(count)]
+        held = [[h for h in side if h.piece not in gone[rank]] for rank, side in enumerate(self.old)]
+        first = [1 + max((h.piece for h in side), default=-1) for side in self.old]
+        for done in self.rounds[:count]:
+            for t in done.transfers:
+                held[t.target].append(t.given._replace(piece=t.given.piece + first[t.target]))
+        return held
+
+
+def stream(plan: TransferPlan, old: Holdings, new: Holdings, limit_bytes: int | None = None) -> Stream:
+    """Put a plan's transfers in order and cut them into rounds.
+
+    Args:
+        plan: made from ``old`` and ``new``.
+        old: by rank, what it holds now.
+        new: by rank, what it will hold.
+        limit_bytes: what a rank handles at most in one round; a 16th of what the emptiest rank holds, up to 32 MiB,
+            where it is not given.
+    """
+    if limit_bytes is None:
+        limit_bytes = _default_limit(old, new)
+    place = {name: number for number, name in enumerate(_order(old, new))}
+    ordered = sorted(plan.transfers, key=lambda t: place[_tensor(t.given.key)])
+    batches = list(rounds(ordered, limit_bytes))
+    last_read: list[dict[int, int]] = [{} for _ in old]
+    for number, batch in enumerate(batches):
+        for transfer in batch:
+            last_read[transfer.source][transfer.taken.piece] = number
+    unread = tuple(tuple(sorted({h.piece for h in side} - last_read[rank].keys())) for rank, side in enumerate(old))
+    ends: list[list[list[int]]] = [[[] for _ in old] for _ in batches]
+    for rank, reads in enumerate(last_read):
+        for piece, number in reads.items():
+            ends[number][rank].append(piece)
+    done = (Round(tuple(b), tuple(map(tuple, e))) for b, e in zip(batches, ends, strict=True))
+    return Stream(plan, old, new, unread, tuple(done), limit_bytes)
+
+
+def rounds(transfers: Iterable[Transfer], limit_bytes: int) -> Iterator[list[Transfer]]:
+    """Cut transfers into rounds in which no rank handles more than ``limit_bytes``.
+
+    A transfer larger than that is split, down to single elements. Order is kept: rounds are the same on every rank.
+    """
+    current: list[Transfer] = []
+    used: defaultdict[int, int] = defaultdict(int)
+    waiting = list(transfers)[::-1]
+    while waiting:
+        transfer = waiting.pop()
+        size = transfer.nbytes
+        if size > limit_bytes and transfer.taken.box.volume > 1:
+            waiting.extend(reversed(transfer.halves()))
+            continue
+        ends = {transfer.source, transfer.target}
+        if current and max(used[rank] for rank in ends) + size > limit_bytes:
+            yield current
+            current, used = [], defaultdict(int)
+        current.append(transfer)
+        for rank in ends:
+            used[rank] += size
+    if current:
+        yield current
+
+
+def _default_limit(old: Holdings, new: Holdings) -> int:
+    """So small that what is on its way is little beside what is held, and so large that rounds are few."""
+    held = (max(sum(_piece_bytes(side[rank]).values()) for side in (old, new)) for rank in range(len(old)))
+    return max(_LEAST_LIMIT, min(_LIMIT, min(filter(None, held), default=0) // 16))
+
+
+def _tensor(key: str) -> str:
+    """A parameter's weight and moments belong together: what the optimizer keeps of it is let go at once."""
+    return key.partition(":")[2]
+
+
+def _piece_bytes(holdings: Iterable[Holding]) -> dict[int, int]:
+    found: defaultdict[int, int] = defaultdict(int)
+    for held in holdings:
+        found[held.piece] += held.box.volume * held.item_bytes
+    return found
+
+
+def _order(old: Holdings, new: Holdings) -> list[str]:
+    """Names of tensors, such that the rank that has come furthest above what it holds in the end stays lowest."""
+    names = sorted({_tensor(held.key) for side in (*old, *new) for held in side})
+    row = {name: number for number, name in enumerate(names)}
+    gains, losses = (_bytes_of(side, row) for side in (new, old))
+    level = losses.sum(0) - np.maximum(losses.sum(0), gains.sum(0))  # 0 is where a rank was, or will be
+    left, ordered = np.arange(len(names)), []
+    while len(left):
+        during = np.maximum(0.0, (level + gains[left]).max(1))
+        after = (level + gains[left] - losses[left]).max(1)
+        place = np.lexsort((left, after, during))[0]
+        pick = left[place]
+        level = level + gains[pick] - losses[pick]
+        ordered.append(names[pick])
+        left = np.delete(left, place)
+    return ordered
+
+
+def _bytes_of(side: Holdings, row: dict[str, int]) -> Array:
+    """[tensors, ranks], in bytes."""
+    table = np.zeros((len(row), len(side)))
+    for rank, holdings in enumerate(side):
+        for held in holdings:
+            table[row[_tensor(held.key)], rank] += held.box.volume * held.item_bytes
+    return table

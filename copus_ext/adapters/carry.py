@@ -96,8 +96,9 @@ class RngState:
 
         With the same ranks in the same places every generator goes on exactly where it was. In another layout there is
         no such place: a tensor-parallel rank's stream has no meaning with another number of them. There the generators
-        are seeded anew by upstream's rule for that layout, from a seed made of ``--seed`` and ``iteration``, so that
-        dropout masks of earlier steps do not come again.
+        are seeded anew by upstream's rule for that layout, from a seed made of ``--seed``, ``iteration`` and the
+        data-parallel rank, so that dropout masks of earlier steps do not come again, and replicas, which upstream
+        starts with the same masks, do not share them.
         """
         if _places() == self.places:
             self.restore()
@@ -123,7 +124,8 @@ def _copy(state: Any) -> Any:
 
 def _seed(args: argparse.Namespace, iteration: int) -> None:
     # Multiplicative hashing (Knuth, TAOCP 6.4): consecutive iterations end far apart, while ranks' seeds stay together.
-    mixed = (args.seed + iteration * 2_654_435_761) % _SEED_RANGE or 1
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    mixed = (args.seed + iteration * 2_654_435_761 + replica * 1_640_531_527) % _SEED_RANGE or 1
     _set_random_seed(
         mixed,
         args.data_parallel_random_init,

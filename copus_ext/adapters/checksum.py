@@ -20,13 +20,13 @@ What is noticed:
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from copus_ext.adapters.exchange import Piece
 from copus_ext.core.geometry import Box
@@ -62,6 +62,14 @@ class Checksums:
         self._columns, *self._leading = (_odd_numbers(axis, n).to(device) for axis, n in enumerate(extents))
         self._one = torch.ones(1, dtype=torch.int64, device=device)
 
+    def on(self, device: torch.device) -> Checksums:
+        """The same for pieces that lie on another device."""
+        other = copy.copy(self)
+        other._device = device
+        other._columns, *other._leading = (table.to(device) for table in (self._columns, *self._leading))
+        other._one = self._one.to(device)
+        return other
+
     def of(self, parts: Sequence[Holding], pieces: Sequence[Piece]) -> torch.Tensor:
         """This rank's share: int64 of shape [keys, together]; their sums over ranks are the checksums."""
         sums = torch.zeros(len(self._row), self._together, dtype=torch.int64, device=self._device)
@@ -92,14 +100,6 @@ class Checksums:
         if before == columns % per_word == rows.stride(0) % per_word == 0 and _dense_words(rows):
             return _weighted_sums(rows.view(torch.int64), weights)
         return _packed_row_sums(rows, before, weights)
-
-
-def agree(before: torch.Tensor, after: torch.Tensor) -> list[int]:
-    """Add both up over all ranks, in one all-reduce; the rows (logical tensors) in which they differ."""
-    both = torch.stack([before, after])
-    dist.all_reduce(both)
-    differs = (both[0] != both[1]).any(dim=1)
-    return list(itertools.compress(range(len(differs)), differs.tolist()))
 
 
 def _odd_numbers(axis: int, count: int) -> torch.Tensor:

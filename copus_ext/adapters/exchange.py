@@ -35,6 +35,7 @@ class Scratch:
     """Memory for packing that is used again in every round."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
         self._used = 0
 
@@ -43,12 +44,13 @@ class Scratch:
         """Held now."""
         return self._memory.numel()
 
-    def reserve(self, nbytes: int) -> None:
-        """Make place for a round that takes ``nbytes``; what was taken before is given back."""
-        self._used = 0
+    def reserve(self, nbytes: int) -> int:
+        """Make place for a round that takes ``nbytes``, where what was taken before ends; by how much it grew."""
+        self._used, before = 0, self.nbytes
         if nbytes > self._memory.numel():
-            self._memory = torch.empty(0, dtype=torch.uint8, device=self._memory.device)  # never both
-            self._memory = torch.empty(nbytes, dtype=torch.uint8, device=self._memory.device)
+            self._memory = torch.empty(0, dtype=torch.uint8, device=self.device)  # never both
+            self._memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        return self.nbytes - before
 
     def take(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised 1-D tensor."""
@@ -68,15 +70,14 @@ class Message(NamedTuple):
         """Of all tensors."""
         return sum(view.numel() for view in self.views)
 
-    @property
-    def is_direct(self) -> bool:
+    def is_direct(self, device: torch.device) -> bool:
         """It can go from where it lies, or to it."""
-        return len(self.views) == 1 and self.views[0].is_contiguous()
+        return len(self.views) == 1 and self.views[0].is_contiguous() and self.views[0].device == device
 
     @property
-    def packed_bytes(self) -> int:
-        """What packing takes of the scratch memory."""
-        return 0 if self.is_direct else _aligned(self.elements * self.views[0].element_size())
+    def nbytes(self) -> int:
+        """Of all tensors, as packing takes of the scratch memory."""
+        return _aligned(self.elements * self.views[0].element_size())
 
 
 class Exchange:
@@ -93,19 +94,23 @@ class Exchange:
         self._out = [(t.target, t.taken) for t in mine if t.on_wire and t.source == rank]
         self._in = [(t.source, t.given) for t in mine if t.on_wire and t.target == rank]
 
-    def prepare(self, scratch: Scratch) -> None:
-        """Find where everything lies. The pieces of both sides must have their memory."""
+    def prepare(self, scratch: Scratch) -> int:
+        """Find where everything lies, and by how much ``scratch`` had to grow for it, in bytes.
+
+        The pieces of both sides must have their memory.
+        """
         self._sends = list(_messages((peer, v) for peer, held in self._out for v in _views(self._old, held)))
         self._receives = list(_messages((peer, v) for peer, held in self._in for v in _views(self._new, held)))
-        scratch.reserve(sum(m.packed_bytes for m in (*self._sends, *self._receives)))
         self._scratch = scratch
+        messages = (*self._sends, *self._receives)
+        return scratch.reserve(sum(m.nbytes for m in messages if not m.is_direct(scratch.device)))
 
     def run(self) -> None:
         """Pack, send, copy what stays, receive, unpack. Collective over the ranks that the round's transfers name."""
         buffers = [(m, self._buffer(m)) for m in self._sends]
         arrivals = [(m, self._buffer(m)) for m in self._receives]
         for message, buffer in buffers:
-            if not message.is_direct:
+            if not message.is_direct(self._scratch.device):
                 _pack(message, buffer)
         operations = [dist.P2POp(dist.isend, buffer, message.peer) for message, buffer in buffers]
         operations += [dist.P2POp(dist.irecv, buffer, message.peer) for message, buffer in arrivals]
@@ -117,11 +122,11 @@ class Exchange:
         for work in works:
             work.wait()
         for message, buffer in arrivals:
-            if not message.is_direct:
+            if not message.is_direct(self._scratch.device):
                 _unpack(message, buffer)
 
     def _buffer(self, message: Message) -> torch.Tensor:
-        if message.is_direct:
+        if message.is_direct(self._scratch.device):
             return message.views[0]
         return self._scratch.take(message.elements, message.views[0].dtype)
 

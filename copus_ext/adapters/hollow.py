@@ -81,6 +81,10 @@ class Storages:
         numbers = (tensor.untyped_storage()._cdata for tensor in tensors)
         return {number: self._sizes[number] for number in numbers if number in self._sizes}
 
+    def total(self, numbers: Iterable[int]) -> int:
+        """Bytes of these when filled."""
+        return sum(self._sizes[number] for number in numbers)
+
     def fill(self, numbers: Iterable[int] | None = None) -> int:
         """Memory for these (default: all), of any content where there was none; the bytes it took."""
         taken = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -54,6 +54,10 @@ class JobMemory:
         """Bytes that the job takes now."""
         return self.kept.held + self.gradients.held
 
+    def fill(self) -> int:
+        """Memory for all that has none; the bytes it took."""
+        return self.kept.fill() + self.gradients.fill()
+
     def empty(self) -> None:
         """Make the job hollow."""
         self.gradients.empty()
@@ -67,24 +71,34 @@ class Side:
         self.memory = memory
         self.pieces: Sequence[Piece] = memory.state.pieces
         self._storages = [list(memory.kept.sizes(piece.tensors)) for piece in self.pieces]
-        self._readers: defaultdict[int, set[int]] = defaultdict(set)
-        for number, storages in enumerate(self._storages):
-            for storage in storages:
-                self._readers[storage].add(number)
 
     def of(self, pieces: Iterable[int]) -> list[int]:
         """The storages of these pieces, each once."""
         return list(dict.fromkeys(storage for piece in pieces for storage in self._storages[piece]))
 
-    def released(self, pieces: Iterable[int]) -> list[int]:
-        """The storages that nothing reads any more now that these pieces are not read either."""
-        free = []
-        for piece in pieces:
-            for storage in self._storages[piece]:
-                self._readers[storage].discard(piece)
-                if not self._readers[storage]:
-                    free.append(storage)
-        return list(dict.fromkeys(free))
+    def freed_with(self, released: Iterable[Iterable[int]]) -> list[list[int]]:
+        """For pieces that are released one group after the other, the storages that each leaves without a piece."""
+        readers = Counter(storage for storages in self._storages for storage in storages)
+        freed = []
+        for pieces in released:
+            gone = Counter(storage for piece in pieces for storage in self._storages[piece])
+            readers.subtract(gone)
+            freed.append([storage for storage in gone if not readers[storage]])
+        return freed
+
+    def stage(self) -> None:
+        """Copy all pieces into host memory, pinned where there is a device, and read them from there from now on."""
+        self.pieces = [
+            piece._replace(tensors=tuple(_on_host(tensor) for tensor in piece.tensors)) for piece in self.pieces
+        ]
+
+    def unstage(self) -> None:
+        """Copy everything back."""
+        self.memory.kept.fill()
+        for piece, staged in zip(self.memory.state.pieces, self.pieces, strict=True):
+            for tensor, copy in zip(piece.tensors, staged.tensors, strict=True):
+                tensor.copy_(copy)
+        self.pieces = self.memory.state.pieces
 
 
 def _is_hollow(job: Job) -> bool:
@@ -98,6 +112,11 @@ def _kept(job: Job) -> Iterator[torch.Tensor]:
         yield shard.main
         kept = shard.optimizer.state.get(shard.main, {})
         yield from (t for t in kept.values() if isinstance(t, torch.Tensor) and t.numel() == shard.main.numel() > 1)
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor)
 
 
 def gradients(job: Job) -> Storages:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -33,13 +32,21 @@ class Ledger:
 
 
 class Move:
-    """One stream on this rank, from ``old`` to ``new``, both sides' gradients being gone already."""
+    """One stream on this rank, from ``old`` to ``new``, both sides' gradients being gone already.
+
+    ``staged``: what is held before goes to host memory first, for where the device has no room for a stream.
+    """
 
     def __init__(
-        self, plan: Stream, old: Side, new: Side, checksums: Checksums, ledger: Ledger, phases: Phases
+        self, plan: Stream, old: Side, new: Side, checksums: Checksums, ledger: Ledger, phases: Phases, staged: bool
     ) -> None:
         self._stream, self._old, self._new = plan, old, new
-        self._checksums, self._ledger, self._phases = checksums, ledger, phases
+        self._checksums_before = checksums.on(torch.device("cpu")) if staged else checksums
+        self._checksums_after = checksums
+        self._ledger, self._phases = ledger, phases
+        self._staged = staged
+        released = (plan.unread, *(this.released for this in plan.rounds))
+        self._freed = [] if staged else old.freed_with(by_rank[dist.get_rank()] for by_rank in released)
         self._device = old.memory.device
         self._rank = dist.get_rank()
         self._scratch = Scratch(self._device)
@@ -51,46 +58,56 @@ class Move:
         Raises:
             MoveFailed: on all ranks alike, when it has been undone.
         """
-        self._release(self._stream.unread)
         for number, this in enumerate((*self._stream.rounds, None)):
-            exchange, failure = self._prepared(this)
+            exchange, failure = self._prepared(number, this)
             failure = self._agree(failure)  # on this round's memory, and on the last round's checksums
             if failure:
                 self._undo(max(0, number - 1))
                 raise MoveFailed(failure)
             if number:
-                self._release(self._stream.rounds[number - 1].released)
+                self._release(number)
             if exchange is not None:
                 self._carry_out(exchange)
         self._ledger.add(-self._scratch.nbytes)
 
-    def _prepared(self, this: Round | None) -> tuple[Exchange | None, str | None]:
-        """Memory for a round; or why there is none, which the other ranks have to hear of before they wait for it."""
-        if this is None:
-            return None, None
+    def _prepared(self, number: int, this: Round | None) -> tuple[Exchange | None, str | None]:
+        """Memory for a round, or for what comes behind the last one, where ``this`` is none.
+
+        Or why there is no memory, which the other ranks have to hear of before they wait for this one.
+        """
         with self._phases("move"):
-            exchange = Exchange(this.transfers, self._old.pieces, self._new.pieces)
-            before = self._scratch.nbytes
             try:
+                if number == 0:
+                    self._begin()
+                if this is None:
+                    self._ledger.add(self._new.memory.fill())
+                    return None, None
+                exchange = Exchange(this.transfers, self._old.pieces, self._new.pieces)
                 self._ledger.add(self._new.memory.kept.fill(self._new.of(held.piece for held in exchange.given)))
-                exchange.prepare(self._scratch)
+                self._ledger.add(exchange.prepare(self._scratch))
             except RuntimeError as error:  # CUDA's out of memory is one
                 return None, f"rank {self._rank}: {str(error).splitlines()[0]}"
-            self._ledger.add(self._scratch.nbytes - before)
         return exchange, None
+
+    def _begin(self) -> None:
+        if self._staged:
+            self._old.stage()
+            self._ledger.add(-self._old.memory.kept.empty())
+        else:
+            self._release(0)
 
     def _carry_out(self, exchange: Exchange) -> None:
         with self._phases("verify"):
-            sums = self._checksums.of(exchange.taken, self._old.pieces)
+            sums = self._checksums_before.of(exchange.taken, self._old.pieces).to(self._device)
         with self._phases("move"):
             exchange.run()
         with self._phases("verify"):
-            sums -= self._checksums.of(exchange.given, self._new.pieces)
+            sums -= self._checksums_after.of(exchange.given, self._new.pieces)
             self._sums = sums
 
     def _agree(self, failure: str | None) -> str | None:
         """What went wrong on any rank, with this round's memory or with the last round's checksums."""
-        with self._phases("verify"):
+        with self._phases("move"):  # waiting for the slowest rank is part of moving
             sums = torch.zeros(0, dtype=torch.int64, device=self._device) if self._sums is None else self._sums
             votes = torch.cat([sums.flatten(), torch.tensor([failure is not None], device=self._device)])
             dist.all_reduce(votes)
@@ -106,11 +123,17 @@ class Move:
         rows = sums.flatten(1).any(dim=1).tolist()
         return list(itertools.compress(self._stream.plan.keys, rows))
 
-    def _release(self, released: Sequence[Sequence[int]]) -> None:
-        self._ledger.add(-self._old.memory.kept.empty(self._old.released(released[self._rank])))
+    def _release(self, number: int) -> None:
+        """Let go what nothing reads after round ``number``, counted from 1; with 0, what nothing reads at all."""
+        if not self._staged:
+            self._ledger.add(-self._old.memory.kept.empty(self._freed[number]))
 
     def _undo(self, ready: int) -> None:
         """Bring back what was released, from wherever it is by now."""
+        if self._staged:
+            self._new.memory.empty()
+            self._old.unstage()
+            return
         lost, held = self._stream.lost_after(ready), self._stream.held_after(ready)
         back = stream(plan_transfer(held, lost, partial=True), held, lost, self._stream.limit_bytes)
         first = 1 + max((h.piece for h in self._stream.old[self._rank]), default=-1)

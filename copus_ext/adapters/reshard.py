@@ -25,6 +25,7 @@ from copus_ext.adapters.job_state import UnsupportedReshard, moment_names, uncov
 from copus_ext.adapters.move import Ledger, Move, MoveFailed
 from copus_ext.adapters.optimizer_shards import inner_optimizers
 from copus_ext.adapters.phases import Phases
+from copus_ext.adapters.staging import has_to_be_staged
 from copus_ext.core.plan import Layout
 from copus_ext.core.streaming import Stream, stream
 from copus_ext.core.transfer import Holding, TransferError, plan_transfer
@@ -57,7 +58,14 @@ class PlanCache:
 
 
 @torch.no_grad()
-def reshard(old: Job, new: Job, *, plans: PlanCache | None = None, chunk_bytes: int | None = None) -> ReshardReport:
+def reshard(
+    old: Job,
+    new: Job,
+    *,
+    plans: PlanCache | None = None,
+    chunk_bytes: int | None = None,
+    staged: bool | None = None,
+) -> ReshardReport:
     """Give ``new`` the weights, optimizer state, step count and loss scale of ``old``. Collective over all ranks.
 
     Hyper-parameters (learning rate, betas, weight decay) are ``new``'s own: they come from its plan's arguments.
@@ -67,6 +75,8 @@ def reshard(old: Job, new: Job, *, plans: PlanCache | None = None, chunk_bytes: 
         new: a job of the same model and precision in any layout on the same ranks; what it holds is lost.
         plans: keeps what is planned, so that going between the same two layouts again costs no planning.
         chunk_bytes: what a rank handles at most at a time; a 16th of its state up to 32 MiB where it is not given.
+        staged: take what is held through pinned host memory, for which a rank must have room there; where it is not
+            given, only if a rank has less free on its device than moving from device to device takes in between.
 
     Raises:
         UnsupportedReshard: state that is not covered, on every rank and before anything is moved.
@@ -84,17 +94,18 @@ def reshard(old: Job, new: Job, *, plans: PlanCache | None = None, chunk_bytes: 
         ledger = Ledger(before.held)
         after.empty()
         ledger.add(-before.gradients.empty() - before.kept.empty(before.derived))
-    move = Move(plan, Side(before), Side(after), checksums, ledger, phases)
+        sides = Side(before), Side(after)
+        if staged is None:
+            staged = has_to_be_staged(plan, *sides)
+    move = Move(plan, *sides, checksums, ledger, phases, staged)
     try:
         move.run()
     except MoveFailed:
-        before.gradients.fill()
-        before.kept.fill(before.derived)
+        before.fill()
         _derive_weights(old)
         raise
     with phases("sync"):
         before.empty()
-        ledger.add(after.kept.fill() + after.gradients.fill())
         if step >= 0:
             set_optimizer_step(new, step)
         carry_grad_scaler(old, new)

@@ -90,7 +90,16 @@ def _walk(walk: Walk) -> dict[str, Any]:
     reports, kept, left, cache = [], [], {}, PlanCache()
     for number, plan in enumerate(plans[1:]):
         left[job.plan.layout] = job
-        job, report = _moved(job, plan, raw, layouts, left, plans=cache, chunk_bytes=None if number % 2 else 100_000)
+        job, report = _moved(
+            job,
+            plan,
+            raw,
+            layouts,
+            left,
+            plans=cache,
+            chunk_bytes=None if number % 2 else 100_000,
+            staged=number == 2 or None,
+        )
         reports.append(report)
         kept.append(same(full_state(job), state) and same(full_weights(job), weights))
     second, _ = _moved(second, plans[1], raw, layouts, {})
@@ -235,7 +244,7 @@ def _random_numbers(layouts: Any, old: Any, new: Any) -> dict[str, Any]:
         drawn[f"at {iteration}"] = draw()
     layouts.activate(old.plan.layout, old.args)
     replace(state, places=()).restore_for(old, iteration=9)
-    drawn["tp rank"] = old.groups.tp.rank(), *draw()
+    drawn["tp, dp rank"] = old.groups.tp.rank(), old.groups.dp.rank(), *draw()
     return drawn
 
 
@@ -249,13 +258,13 @@ def test_edges_of_a_reshard() -> None:
         drawn = result["random"]
         assert drawn["restored"] == drawn["same layout"] == drawn["first"] != drawn["next"]
         assert len({drawn[name] for name in ("first", "next", "at 7", "at 8")}) == 4
-    tensor_parallel = {result["random"]["tp rank"] for result in results}
-    inside, outside = ({draws[n] for draws in tensor_parallel} for n in (1, 2))
-    assert len(tensor_parallel) == len(inside) == 2  # each rank of a pair has masks of its own ...
-    assert len(outside) == 1  # ... but for what both compute alike
+    places = [result["random"]["tp, dp rank"] for result in results]
+    assert len({inside for *_, inside, _ in places}) == 4  # every rank has masks of its own ...
+    assert len({(dp, outside) for _, dp, _, outside in places}) == 2  # ... but for what a pair computes alike
+    assert len({outside for *_, outside in places}) == 2
 
 
-def _faults(flags: str, words: str) -> list[tuple[str, bool, bool]]:
+def _faults(flags: str, words: str, staged: bool) -> list[tuple[str, bool, bool]]:
     """Moves that fail in one round after the other: what is said, and whether the old job is as it was."""
     from copus_ext.adapters.reshard import MoveFailed
     from tests.ranks.steps import build, train_steps
@@ -270,7 +279,7 @@ def _faults(flags: str, words: str) -> list[tuple[str, bool, bool]]:
         for at in (0, 1, 4):
             new = build(layouts, raw, plans[1], initialise_weights=False)
             with fault(at), pytest.raises(MoveFailed) as failure:
-                _moved(job, plans[1], raw, layouts, {plans[1].layout: new}, chunk_bytes=100_000)
+                _moved(job, plans[1], raw, layouts, {plans[1].layout: new}, chunk_bytes=100_000, staged=staged)
             seen.append((str(failure.value), _equal(before, _on_this_rank(job)), _is_hollow(new)))
     after = train_steps(job, layouts, 1, first_sample=8)
     seen.append(("trains on", after == twin[2:], True))
@@ -291,11 +300,11 @@ def _no_memory(at: int) -> Any:
 
     calls = []
 
-    def failing(self: Any, scratch: Any) -> None:
+    def failing(self: Any, scratch: Any) -> int:
         calls.append(1)
         if dist.get_rank() == 2 and len(calls) == at + 1:
             raise RuntimeError("out of memory")
-        prepare(self, scratch)
+        return prepare(self, scratch)
 
     prepare = Exchange.prepare
     return mock.patch.object(Exchange, "prepare", failing)
@@ -325,10 +334,15 @@ def _damage(at: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"), [("", "tp2,dp2 pp4"), ("--bf16 ", "dp4,zero1 tp2,pp2"), ("--bf16 ", "pp4 dp2,tp2,zero1")]
+    ("flags", "words", "staged"),
+    [
+        ("", "tp2,dp2 pp4", False),
+        ("--bf16 ", "dp4,zero1 tp2,pp2", False),
+        ("--bf16 ", "pp4 dp2,tp2,zero1", True),
+    ],
 )
-def test_a_fault_brings_everything_back(flags: str, words: str) -> None:
-    for seen in run_ranks(4, _faults, flags, words):
+def test_a_fault_brings_everything_back(flags: str, words: str, staged: bool) -> None:
+    for seen in run_ranks(4, _faults, flags, words, staged):
         for said, as_it_was, hollow in seen:
             assert as_it_was, said
             assert hollow, said

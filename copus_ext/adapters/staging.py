@@ -1,0 +1,46 @@
+"""Does a stream fit on the device, or does what is held have to go through host memory?"""
+
+from __future__ import annotations
+
+import os
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from copus_ext.adapters.job_memory import Side
+from copus_ext.core.streaming import Stream
+
+
+def has_to_be_staged(plan: Stream, old: Side, new: Side) -> bool:
+    """Whether any rank has less memory free than the stream takes of it in between. Collective.
+
+    Gradients and derived weights of the old job must be gone.
+    """
+    device = old.memory.device
+    short = extra_bytes(plan, old, new, dist.get_rank()) > free_bytes(device)
+    vote = torch.tensor([short], dtype=torch.int32, device=device)
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+    return bool(vote)
+
+
+def extra_bytes(plan: Stream, old: Side, new: Side, rank: int) -> int:
+    """What a stream takes on this rank at its worst, beyond what is held when it begins; with room for packing."""
+    first, *freed = old.freed_with(by_rank[rank] for by_rank in (plan.unread, *(r.released for r in plan.rounds)))
+    held = worst = -old.memory.kept.total(first)
+    filled: set[int] = set()
+    for this, then_free in zip(plan.rounds, freed, strict=True):
+        arriving = set(new.of(t.given.piece for t in this.transfers if t.target == rank)) - filled
+        filled |= arriving
+        held += new.memory.kept.total(arriving)
+        worst = max(worst, held + plan.limit_bytes)
+        held -= old.memory.kept.total(then_free)
+    return max(worst, new.memory.nbytes - old.memory.kept.held)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of the device, what its allocator keeps for later included; of the host, this rank's share."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached

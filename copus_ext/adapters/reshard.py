@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from copus_ext.adapters.blueprint import holdings_of_layout
 from copus_ext.adapters.carry import carry_grad_scaler, optimizer_step, set_optimizer_step
 from copus_ext.adapters.checksum import Checksums
 from copus_ext.adapters.job import Job
@@ -52,9 +52,10 @@ class ReshardReport:
 
 @dataclass
 class PlanCache:
-    """What was planned, by pair of layouts. One serves one model and one process."""
+    """What was planned, and what layouts hold. One serves one model and one process."""
 
-    known: dict[tuple[Layout, Layout, bool], tuple[Stream, Checksums]] = field(default_factory=dict)
+    moves: dict[tuple[Layout, Layout, bool], tuple[Stream, Checksums]] = field(default_factory=dict)
+    holdings: dict[tuple[Layout, bool], list[list[Holding]]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -129,43 +130,43 @@ def _refuse_uncovered(old: Job, new: Job) -> None:
 def _planned(
     old: Job, new: Job, with_moments: bool, plans: PlanCache, chunk_bytes: int | None
 ) -> tuple[Stream, Checksums]:
-    """The plan between two jobs, whose memory is looked at where it was not before."""
-    key = (old.plan.layout, new.plan.layout, with_moments)
-    failure = _looked_at(old, with_moments) or _looked_at(new, with_moments)
-    sides = [job.memory[with_moments].state.holdings if not failure else [] for job in (old, new)]
-    known = plans.known.get(key)
-    rank = dist.get_rank()
-    fits = known is not None and [known[0].old[rank], known[0].new[rank]] == sides
-    if not _highest(int(not fits), old) and known is not None:
-        return known
-    plan = _plan_together(sides, failure, chunk_bytes)
-    together = max(1, len(moment_names(new.args)))
-    plans.known[key] = plan, Checksums(plan.plan.keys, plan.new, together, old.memory[with_moments].device)
-    return plans.known[key]
-
-
-def _looked_at(job: Job, with_moments: bool) -> str | None:
-    """Why a job's state cannot be found; ``None`` where it is known now."""
-    if with_moments in job.memory:
-        return None
+    """The plan between two jobs: each rank makes it alone, from the two layouts."""
+    failure = None
     try:
-        job.memory[with_moments] = JobMemory(job, with_moments=with_moments)
+        sides = [_held_by_all(job, with_moments, plans) for job in (old, new)]
     except UnsupportedReshard as error:
-        return str(error)
+        failure = str(error)
     except Exception as error:  # the other ranks must hear of anything, or they wait forever
-        return f"{type(error).__name__}: {error}"
-    return None
+        failure = f"{type(error).__name__}: {error}"
+    _refuse_together(failure, old)
+    key = (old.plan.layout, new.plan.layout, with_moments)
+    if key not in plans.moves:
+        plan = plan_transfer(*sides, ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        together = max(1, len(moment_names(new.args)))
+        checksums = Checksums(plan.keys, sides[1], together, old.memory[with_moments].device)
+        plans.moves[key] = stream(plan, *sides, chunk_bytes), checksums
+    return plans.moves[key]
 
 
-def _plan_together(mine: list[list[Holding]], failure: str | None, chunk_bytes: int | None) -> Stream:
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, failure or mine)
-    failures = [f"rank {rank}: {said}" for rank, said in enumerate(gathered) if isinstance(said, str)]
-    if failures:
-        raise UnsupportedReshard(failures[0])
-    old, new = [sides[0] for sides in gathered], [sides[1] for sides in gathered]
-    plan = plan_transfer(old, new, ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return stream(plan, old, new, chunk_bytes)
+def _held_by_all(job: Job, with_moments: bool, plans: PlanCache) -> list[list[Holding]]:
+    """By rank, what the job's layout holds; and this rank's memory, if it was not looked at before."""
+    if with_moments not in job.memory:
+        job.memory[with_moments] = JobMemory(job, with_moments=with_moments)
+    key = (job.plan.layout, with_moments)
+    if key not in plans.holdings:
+        plans.holdings[key] = holdings_of_layout(job.plan, job.args, with_moments=with_moments)
+    if job.memory[with_moments].state.holdings != plans.holdings[key][dist.get_rank()]:
+        raise UnsupportedReshard(f"a job of {job.plan.layout} holds something else than its layout says")
+    return plans.holdings[key]
+
+
+def _refuse_together(failure: str | None, job: Job) -> None:
+    """On every rank what the first rank says that has something to say."""
+    if not _highest(int(failure is not None), job):
+        return
+    said: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, failure)
+    raise UnsupportedReshard(next(f"rank {rank}: {words}" for rank, words in enumerate(said) if words is not None))
 
 
 def _finish_parameter_gathers(job: Job) -> None:

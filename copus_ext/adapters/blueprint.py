@@ -1,0 +1,135 @@
+"""What every rank of a layout holds, from the layout's arguments alone: nothing is sent, and no weights are allocated.
+
+Upstream builds each pipeline stage once, on torch's meta device, in the place of one of its ranks. What each rank of
+the stage holds of it is then said by the code that says it of a real job (``job_state``).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from copus_ext.adapters.job_state import (
+    PlacedTensor,
+    UnsupportedReshard,
+    moment_names,
+    placed_tensors,
+    state_of,
+    uncovered,
+)
+from copus_ext.adapters.meta_model import META, Chunk, build_on_meta
+from copus_ext.adapters.optimizer_shards import Shard
+from copus_ext.adapters.stand_in import Seat, in_place_of
+from copus_ext.core.plan import Plan
+from copus_ext.core.transfer import Holding
+
+
+def holdings_of_layout(plan: Plan, args: argparse.Namespace, *, with_moments: bool) -> list[list[Holding]]:
+    """By rank of the layout, what ``job_state(job, with_moments=...).holdings`` of a job built for ``plan`` is there.
+
+    The layout's groups need not exist, and it may have more or fewer ranks than there are processes. Upstream's globals
+    are other ones meanwhile, and then as they were: see :func:`in_place_of`.
+
+    Args:
+        plan: of which only the layout counts.
+        args: upstream's validated arguments for it (``world_size`` of the layout, ``padded_vocab_size`` of the run).
+        with_moments: as for ``job_state``.
+
+    Returns:
+        A list for each rank. Ranks that hold the same share one list, which is not to be changed.
+
+    Raises:
+        UnsupportedReshard: as by ``reshard`` and ``job_state``.
+    """
+    if reason := uncovered(args):
+        raise UnsupportedReshard(reason)
+    names = moment_names(args) if with_moments else ()
+    world_size = plan.layout.world_size
+    found: dict[int, list[Holding]] = {}
+    for rank in range(world_size):
+        if rank not in found:
+            with in_place_of(rank, world_size, args) as seat:
+                found |= _holdings_of_stage(seat, args, names)
+    return [found[rank] for rank in range(world_size)]
+
+
+def _holdings_of_stage(seat: Seat, args: argparse.Namespace, names: tuple[str, ...]) -> dict[int, list[Holding]]:
+    """By rank, for all in the pipeline stage of ``seat``. They have the same tensors, in other places."""
+    chunks = build_on_meta(args, seat.groups)
+    model = [chunk.module for chunk in chunks]
+    shards = _sharded(chunks, seat.groups) if args.use_distributed_optimizer else _unsharded(model)
+    found: dict[int, list[Holding]] = {}
+    for rank in seat.groups.tp_dp_cp.ranks:
+        if rank not in found:
+            seat.rank = rank
+            found |= _holdings_of_replicas(seat.groups, placed_tensors(model, seat.groups.dp_cp), shards, names)
+    return found
+
+
+def _holdings_of_replicas(
+    groups: ProcessGroupCollection, placed: list[PlacedTensor], shards: _Shards, names: tuple[str, ...]
+) -> dict[int, list[Holding]]:
+    """By rank, for all that have ``placed``. They differ in what their optimizers keep."""
+    dense_ranks, expert_ranks = groups.dp_cp.ranks, groups.expt_dp.ranks
+    of_place: dict[tuple[int, int], list[Holding]] = {}
+    equal: dict[tuple[Holding, ...], list[Holding]] = {}  # in fp32 they are without moments, wherever the shards lie
+    found = {}
+    # Expert parallelism lies across data parallelism: only ranks that are in both groups have the same experts too.
+    for rank in sorted({*dense_ranks} & {*expert_ranks}):
+        # Optimizers are sharded over these groups, or over even slices of them (several instances).
+        place = dense_ranks.index(rank) % len(shards.dense), expert_ranks.index(rank) % len(shards.expert)
+        if place not in of_place:
+            kept = shards.dense[place[0]] | shards.expert[place[1]]
+            holdings = state_of(placed, kept, names).holdings
+            of_place[place] = equal.setdefault(tuple(holdings), holdings)
+        found[rank] = of_place[place]
+    return found
+
+
+class _Shards(NamedTuple):
+    """What an optimizer keeps, by place in the group it is sharded over, and by ``id`` of the parameter."""
+
+    dense: Sequence[dict[int, Shard]]
+    expert: Sequence[dict[int, Shard]]
+
+
+def _no_optimizer() -> Any:
+    return SimpleNamespace(state=defaultdict(dict))
+
+
+def _unsharded(model: list[Any]) -> _Shards:
+    """Every rank keeps all: an fp32 copy of what is in half precision."""
+    optimizer, kept = _no_optimizer(), {}
+    for parameter in (p for chunk in model for p in chunk.parameters() if p.requires_grad):
+        kept[id(parameter)] = Shard(optimizer, parameter.detach().float(), 0)
+    return _Shards([kept], [{}])
+
+
+def _sharded(chunks: list[Chunk], groups: ProcessGroupCollection) -> _Shards:
+    """Every bucket of a buffer is cut evenly over the group, across the parameters in it."""
+    optimizer = _no_optimizer()
+    shards = _Shards([{} for _ in groups.intra_dp_cp.ranks], [{} for _ in groups.intra_expt_dp.ranks])
+    for chunk in chunks:
+        for key, layout in chunk.layouts.items():
+            by_place = shards.expert if key.is_expert_parallel else shards.dense
+            for parameter, (start, stop, bucket) in layout.param_index_map.items():
+                for place, first, end in _cuts(start, stop, layout.bucket_indices[bucket], len(by_place)):
+                    main = torch.empty(end - first, dtype=torch.float32, device=META)
+                    by_place[place][id(parameter)] = Shard(optimizer, main, first - start)
+    return shards
+
+
+def _cuts(start: int, stop: int, bucket: tuple[int, int], ways: int) -> Iterator[tuple[int, int, int]]:
+    """The places, of ``ways``, that have part of ``[start, stop)`` of a buffer, each with its part."""
+    share = (bucket[1] - bucket[0]) // ways
+    for place in range((start - bucket[0]) // share, ways):
+        begin = bucket[0] + place * share
+        if begin >= stop:
+            return
+        yield place, max(start, begin), min(stop, begin + share)

@@ -1,0 +1,81 @@
+"""A pipeline stage of the model as upstream builds it, with the shapes of its parameters and no memory for them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.models import dist_utils
+from torch.overrides import TorchFunctionMode
+
+from copus_ext.adapters.stand_in import replaced
+
+META = torch.device("meta")
+_FACTORIES = frozenset("tensor as_tensor zeros ones empty full arange linspace rand randn randint eye".split())
+
+
+class Chunk:
+    """In DDP's place: what it would wrap, and where the distributed optimizer's buffers would have the parameters.
+
+    ``layouts`` are upstream's, by buffer; none where the optimizer is not distributed.
+    """
+
+    def __init__(self, *, module: Any, full_param_layout: Any = None, **_: Any) -> None:
+        self.module = module
+        self.layouts: dict[Any, Any] = full_param_layout.layouts if full_param_layout else {}
+
+
+def build_on_meta(args: argparse.Namespace, groups: ProcessGroupCollection) -> list[Chunk]:
+    """The chunks of a pipeline stage by upstream's builder, in their dtypes, on the meta device.
+
+    Args:
+        args: upstream's validated arguments.
+        groups: whose place is taken; see ``in_place_of``.
+    """
+    config = gpt_config_from_args(args)
+    container = pretrain_cfg_container_from_args(args, config)
+    transformer = config.transformer
+    transformer.perform_initialization = False
+    builder = config.get_builder_cls()(config)
+    _say_where(transformer, on_meta=True)
+    with _OnMeta(), replaced(torch.cuda, current_device=lambda: META):
+        modules = dist_utils.build_virtual_pipeline_stages(
+            builder.build_model, groups, transformer.virtual_pipeline_model_parallel_size
+        )
+    _say_where(transformer, on_meta=False)  # or upstream would now give it memory
+    with replaced(dist_utils, DistributedDataParallel=Chunk), contextlib.redirect_stdout(io.StringIO()):
+        chunks: list[Chunk] = dist_utils.prepare_existing_model_chunks_for_distributed_training(
+            modules,
+            transformer,
+            groups,
+            ddp_config=container.ddp,
+            overlap_param_gather_with_optimizer_step=container.optimizer.overlap_param_gather_with_optimizer_step,
+        )
+    return chunks
+
+
+def _say_where(transformer: Any, *, on_meta: bool) -> None:
+    transformer.init_model_with_meta_device = on_meta
+    transformer.use_cpu_initialization = not on_meta
+
+
+class _OnMeta(TorchFunctionMode):
+    """What ``with torch.device("meta")`` does, by the names of functions.
+
+    That one compares functions with those that torch has when first asked, which a patch may have wrapped by then.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """As torch calls it for every function."""
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _FACTORIES and kwargs.get("device") is None:
+            kwargs["device"] = META
+        return func(*args, **kwargs)

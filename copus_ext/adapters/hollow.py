@@ -6,18 +6,16 @@ hollow again when it has been left.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from types import BuiltinFunctionType
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 _LARGE = 256  # elements: what is smaller may be a flag or a counter, which has to have its value
-_MAKES: dict[Any, Any] = {  # without the zeros: writing them would touch the memory that is given back at once
-    torch.empty: torch.empty,
-    torch.zeros: torch.empty,
-    torch.empty_like: torch.empty_like,
-    torch.zeros_like: torch.empty_like,
-}
+# By name, since on a CPU torch's own functions are behind redirected ones; each with one that does not write zeros,
+# which would touch memory that is given back at once.
+_MAKES = {"empty": "empty", "zeros": "empty", "empty_like": "empty_like", "zeros_like": "empty_like"}
 _OVERWRITES = (torch.Tensor.copy_, torch.Tensor.zero_, torch.Tensor.fill_)
 _COPIES = (torch.clone, torch.Tensor.clone)
 _CONVERTS = (
@@ -70,6 +68,11 @@ class Storages:
     def nbytes(self) -> int:
         """Bytes of all when filled."""
         return sum(self._sizes.values())
+
+    @property
+    def resizable(self) -> bool:
+        """All of them can be emptied."""
+        return all(storage.resizable() for storage in self._storages.values())
 
     @property
     def held(self) -> int:
@@ -128,10 +131,11 @@ class WithoutMemory(TorchFunctionMode):
             return _converted(func, args, kwargs)
         if func in _VIEWS and is_hollow(args[0]):
             return _viewed(func, args, kwargs)
-        result = _MAKES.get(func, func)(*args, **kwargs)
-        if func in _MAKES and result.numel() >= _LARGE:
-            empty(result)
-        return result
+        if isinstance(func, BuiltinFunctionType) and func.__name__ in _MAKES:
+            made: torch.Tensor = getattr(torch, _MAKES[func.__name__])(*args, **kwargs)
+            if made.numel() >= _LARGE:
+                return empty(made)
+        return func(*args, **kwargs)
 
 
 def _converted(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> torch.Tensor:

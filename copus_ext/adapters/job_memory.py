@@ -45,6 +45,11 @@ class JobMemory:
         return next(self._job.model[0].parameters()).device
 
     @property
+    def is_held_elsewhere(self) -> bool:
+        """Something outside of torch, such as a numpy array, shares memory with it, so that it can't be given back."""
+        return not (self.kept.resizable and self.gradients.resizable)
+
+    @property
     def nbytes(self) -> int:
         """Of a job that is not hollow."""
         return self.kept.nbytes + self.gradients.nbytes

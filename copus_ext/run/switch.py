@@ -61,7 +61,7 @@ class Switcher:
     def __init__(self, raw: argparse.Namespace, layouts: LayoutGroups) -> None:
         """``raw``: upstream's arguments before validation. ``layouts``: the process groups of layouts used so far."""
         self._raw, self._layouts = raw, layouts
-        self._plans = PlanCache()
+        self.plans = PlanCache()
         self._hollow: dict[Layout, Job] = {}  # the one left longest ago comes first
 
     def switch(self, job: Job, plan: Plan, overrides: dict[str, Any]) -> tuple[Job, SwitchReport]:
@@ -91,7 +91,7 @@ class Switcher:
             with phases("prepare"):
                 gradients(job).empty()  # what is built next may take their place
                 new = self._prepared(plan, args)
-            moved = reshard(job, new, plans=self._plans)
+            moved = reshard(job, new, plans=self.plans)
         for phase, seconds in moved.seconds.items():
             phases.seconds[phase] = phases.seconds.get(phase, 0.0) + seconds
         report.bytes_moved, report.bytes_minimum = moved.bytes_moved, moved.bytes_minimum

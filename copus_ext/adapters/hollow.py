@@ -53,16 +53,19 @@ def empty(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Storages:
-    """Storages of some tensors, each once, that can be emptied, and filled to the size they had."""
+    """Storages of some tensors, each once, that can be emptied, and filled to the size they had.
+
+    Where they are hollow from the start, the tensors must reach to their ends.
+    """
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._sizes: dict[int, int] = {}
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            if storage._cdata not in self._storages:
-                self._storages[storage._cdata] = storage
-                self._sizes[storage._cdata] = storage.nbytes() or _extent(tensor)
+            number = storage._cdata
+            self._storages[number] = storage
+            self._sizes[number] = max(self._sizes.get(number, 0), storage.nbytes() or _extent(tensor))
 
     @property
     def nbytes(self) -> int:
@@ -108,7 +111,7 @@ class Storages:
 
 
 def _extent(tensor: torch.Tensor) -> int:
-    """Bytes that a hollow tensor's storage must have for it; right where no view goes beyond ``tensor``."""
+    """Bytes that a hollow tensor's storage must have for it."""
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else -1
     return int(tensor.storage_offset() + last + 1) * tensor.element_size()
 

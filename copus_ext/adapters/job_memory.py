@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -113,6 +114,7 @@ def _is_hollow(job: Job) -> bool:
 def _kept(job: Job) -> Iterator[torch.Tensor]:
     for chunk in job.model:
         yield from chunk.parameters()
+    yield from (buffer.param_data for buffer in _buffers(job) if buffer.param_data is not None)
     for shard in optimizer_shards(job.optimizer).values():
         yield shard.main
         kept = shard.optimizer.state.get(shard.main, {})
@@ -130,5 +132,11 @@ def gradients(job: Job) -> Storages:
         for group in wrapper.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
-    buffers = [b for chunk in job.model for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
-    return Storages(tensor for buffer in buffers for tensor in (buffer.grad_data, *buffer.extra_main_grads))
+    return Storages(tensor for buffer in _buffers(job) for tensor in (buffer.grad_data, *buffer.extra_main_grads))
+
+
+def _buffers(job: Job) -> Iterator[Any]:
+    """Where upstream's DDP lays out gradients, and parameters where the optimizer is distributed, padding included."""
+    for chunk in job.model:
+        yield from chunk.buffers
+        yield from chunk.expert_parallel_buffers

@@ -89,6 +89,8 @@ def uncovered(args: argparse.Namespace) -> str | None:
     flags = [flag for name, flag in _UNCOVERED.items() if getattr(args, name, False)]
     if flags:
         return f"the state of a job with {flags[0]} cannot be moved between layouts yet"
+    if args.cuda_graph_impl != "none":  # graphs name the memory that they were captured with
+        return f"a job with --cuda-graph-impl {args.cuda_graph_impl} cannot be moved between layouts yet"
     if args.optimizer not in _MOMENTS:
         return f"the state of --optimizer {args.optimizer} cannot be moved between layouts yet"
     return None

@@ -30,7 +30,7 @@ from copus_ext.core.plan import Layout
 from copus_ext.core.streaming import Stream, stream
 from copus_ext.core.transfer import Holding, TransferError, plan_transfer
 
-__all__ = ["MoveFailed", "PlanCache", "ReshardReport", "TransferError", "UnsupportedReshard", "reshard"]
+__all__ = ["MoveFailed", "PlanCache", "ReshardReport", "TransferError", "UnsupportedReshard", "plan_reshard", "reshard"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,12 @@ def reshard(
     size = max(before.nbytes, after.nbytes)
     minimum = plan.plan.bytes_minimum
     return ReshardReport(phases.seconds, plan.plan.bytes_moved, minimum, size, max(0, ledger.peak - size))
+
+
+def plan_reshard(old: Job, new: Job, plans: PlanCache) -> None:
+    """Plan ahead, into ``plans``, what ``reshard`` does with the same jobs. Collective; raises what it raises then."""
+    _refuse_uncovered(old, new)
+    _planned(old, new, _highest(optimizer_step(old), old) >= 0, plans, None)
 
 
 def _refuse_uncovered(old: Job, new: Job) -> None:

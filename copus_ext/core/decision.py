@@ -59,7 +59,10 @@ class CandidateScore:
 
 @dataclass(frozen=True)
 class Decision:
-    """The plan to go on with, and the numbers that say so. Gains are ratios - 1 of the best other candidate."""
+    """The plan to go on with, and the numbers that say so. Gains are ratios - 1 of the best other candidate.
+
+    ``upcoming``: the plan that is likeliest to be switched to next, for which groups and buffers may be made ready.
+    """
 
     chosen: Plan
     current: Plan
@@ -70,6 +73,7 @@ class Decision:
     gain_needed: float = math.nan  # infinite if nothing could repay the switch in time
     switch_cost_s: float = math.nan
     horizon_s: float = math.nan
+    upcoming: Plan | None = None
 
     @property
     def is_switch(self) -> bool:
@@ -84,6 +88,7 @@ class Decision:
             "chosen": str(self.chosen),
             "current": str(self.current),
             "reason": self.reason,
+            "upcoming": None if self.upcoming is None else str(self.upcoming),
             "candidates": [candidate.to_json() for candidate in self.candidates],
             **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
         }

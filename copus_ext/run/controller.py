@@ -39,12 +39,14 @@ class Controller(Observer):
         knowledge: Knowledge,
         telemetry: Telemetry,
         refusal_of: Callable[[Plan], str | None],
+        prepare: Callable[[Plan], None],
         continues_a_run: bool,
     ) -> None:
+        """``refusal_of``: why upstream can't run a plan. ``prepare``: have a switch to a plan ready; collective."""
         self.continues_a_run = continues_a_run
         self.wanted: Plan | None = None
         self._job, self._config, self._knowledge, self._telemetry = job, config, knowledge, telemetry
-        self._refusal_of = refusal_of
+        self._refusal_of, self._prepare = refusal_of, prepare
         self._steps = 0
         self._noise: NoiseMeter = NoMeter()
 
@@ -106,17 +108,19 @@ class Controller(Observer):
 
     def _decide(self, iteration: int) -> None:
         self._take_in(self._noise.flush())
-        chosen: list[Plan | None] = [None]
+        chosen: list[Plan | None] = [None, None]  # to switch to now; to be ready for
         lead = dist.get_world_size() - 1
         if dist.get_rank() == lead:
             situation = self._situation()
             decision = self._decision(situation)
             self._telemetry.decision(decision, situation.noise)
-            chosen = [decision.chosen if decision.is_switch else None]
+            chosen = [decision.chosen if decision.is_switch else None, decision.upcoming]
         dist.broadcast_object_list(chosen, src=lead)
         if chosen[0] is not None:
             self.wanted = chosen[0]
             self._args.train_iters = iteration  # train() stops after this step's evaluation and checkpoint
+        elif chosen[1] is not None:
+            self._prepare(chosen[1])
 
     def _decision(self, situation: Situation) -> Decision:
         """Ask the policy, until what it wants is not refused by upstream's validation."""

@@ -241,6 +241,14 @@ class Driver:
         self.telemetry.switch(report)
         return iterators
 
+    def _prepare(self, plan: Plan) -> None:
+        """Have a switch to ``plan`` ready; where that fails, the switch itself has to do all of it."""
+        try:
+            with quiet():
+                self.switcher.prepare(self.job, plan, self._overrides(plan))
+        except SwitchFailed as fault:
+            self.telemetry.event("fault", kind="prepare", message=str(fault), plan=str(plan))
+
     def _finish(self, iterators: tuple[Any, Any, Any], save: bool) -> None:
         """What upstream's ``pretrain()`` does behind its training loop; ``save``: there is something new to save."""
         job, args = self.job, self.job.args
@@ -258,7 +266,9 @@ class Driver:
         )
 
     def _controller(self, continues_a_run: bool) -> Controller:
-        return Controller(self.job, self.config, self.knowledge, self.telemetry, self._refusal_of, continues_a_run)
+        return Controller(
+            self.job, self.config, self.knowledge, self.telemetry, self._refusal_of, self._prepare, continues_a_run
+        )
 
     def _report(self) -> None:
         if self.telemetry.leads:

@@ -20,7 +20,7 @@ from copus_ext.adapters.job import Job, build_job
 from copus_ext.adapters.job_memory import gradients
 from copus_ext.adapters.layouts import LayoutGroups
 from copus_ext.adapters.phases import Phases
-from copus_ext.adapters.reshard import MoveFailed, PlanCache, TransferError, UnsupportedReshard, reshard
+from copus_ext.adapters.reshard import MoveFailed, PlanCache, TransferError, UnsupportedReshard, plan_reshard, reshard
 from copus_ext.core.plan import Layout, Plan
 from copus_ext.run.progress import carry_progress
 
@@ -63,6 +63,7 @@ class Switcher:
         self._raw, self._layouts = raw, layouts
         self.plans = PlanCache()
         self._hollow: dict[Layout, Job] = {}  # the one left longest ago comes first
+        self._not_ahead: set[Layout] = set()  # which could not be prepared ahead of a switch
 
     def switch(self, job: Job, plan: Plan, overrides: dict[str, Any]) -> tuple[Job, SwitchReport]:
         """Go from the job's plan to ``plan``. Collective over all ranks.
@@ -81,8 +82,7 @@ class Switcher:
         phases = Phases()
         report = SwitchReport(job.plan, plan, phases.seconds)
         with phases("prepare"):
-            args = _agreed(lambda _: arguments_for(self._raw, plan, **overrides), f"the arguments of {plan}")
-            carry_progress(job.args, args)
+            args = self._arguments(job, plan, overrides)
             if plan.layout == job.plan.layout:
                 _change_batch(job, plan, args)
                 return job, report
@@ -90,7 +90,7 @@ class Switcher:
         with _return_if_it_fails(job, self._layouts, rng):
             with phases("prepare"):
                 gradients(job).empty()  # what is built next may take their place
-                new = self._prepared(plan, args)
+                new = self._in_charge(plan, args)
             moved = reshard(job, new, plans=self.plans)
         for phase, seconds in moved.seconds.items():
             phases.seconds[phase] = phases.seconds.get(phase, 0.0) + seconds
@@ -99,12 +99,38 @@ class Switcher:
         with phases("release"):
             carry_scheduler(job, new)
             rng.restore_for(new, args.iteration)
+            self._hollow.pop(plan.layout, None)
             self._keep(job)
         return new, report
 
-    def _prepared(self, plan: Plan, args: argparse.Namespace) -> Job:
+    def prepare(self, job: Job, plan: Plan, overrides: dict[str, Any]) -> None:
+        """Make ahead of time what a switch to ``plan`` takes: groups, a hollow job, the transfer plan. Collective.
+
+        Between two steps of ``job``, which stays in charge. Arguments as of :meth:`switch`.
+
+        Raises:
+            SwitchFailed: it can't be made on some rank.
+        """
+        if plan.layout in (job.plan.layout, *self._hollow, *self._not_ahead):
+            return
+        self._not_ahead.add(plan.layout)  # memory may be too short now, and not when the old job's gradients are gone
+        args, rng = self._arguments(job, plan, overrides), RngState.capture()
+        with _return_if_it_fails(job, self._layouts, rng):
+            new = self._in_charge(plan, args)
+            plan_reshard(job, new, self.plans)
+        self._not_ahead.discard(plan.layout)
+        self._keep(new)
+        put_in_charge(job, self._layouts)
+        rng.restore()
+
+    def _arguments(self, job: Job, plan: Plan, overrides: dict[str, Any]) -> argparse.Namespace:
+        args = _agreed(lambda _: arguments_for(self._raw, plan, **overrides), f"the arguments of {plan}")
+        carry_progress(job.args, args)
+        return args
+
+    def _in_charge(self, plan: Plan, args: argparse.Namespace) -> Job:
         """A hollow job for ``plan``, in charge."""
-        kept = self._hollow.pop(plan.layout, None)
+        kept = self._hollow.get(plan.layout)
         if kept is None:
             return _agreed(lambda vote: _built(plan, args, self._layouts, vote), f"the job of {plan}")
         self._layouts.activate(plan.layout, args)
@@ -112,9 +138,6 @@ class Switcher:
         return kept
 
     def _keep(self, job: Job) -> None:
-        if job.args.cuda_graph_impl != "none":  # graphs name the memory that they were captured with
-            job.release()
-            return
         job.rest()
         self._hollow[job.plan.layout] = job
         if len(self._hollow) > _KEPT:

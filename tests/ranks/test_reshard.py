@@ -101,7 +101,7 @@ def _walk(walk: Walk) -> dict[str, Any]:
             staged=number == 2 or None,
         )
         reports.append(report)
-        kept.append(same(full_state(job), state) and same(full_weights(job), weights))
+        kept.append(same(full_state(job), state) and same(full_weights(job), weights) and _buffers_are_whole(job))
     second, _ = _moved(second, plans[1], raw, layouts, {})
     return {
         "kept": kept,
@@ -127,6 +127,13 @@ def _moved(job: Any, plan: Plan, raw: Any, layouts: Any, left: dict[Layout, Any]
     report = reshard(job, new, **options)
     carry_scheduler(job, new)
     return new, report
+
+
+def _buffers_are_whole(job: Any) -> bool:
+    """Down to the padding, which no parameter reaches."""
+    buffers = [b for chunk in job.model for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+    tensors = [t for buffer in buffers for t in (buffer.param_data, buffer.grad_data) if t is not None]
+    return all(t.untyped_storage().nbytes() >= t.numel() * t.element_size() for t in tensors)
 
 
 def _finish_gathers(job: Any) -> None:

@@ -26,6 +26,7 @@ from copus_ext.core.plan import Plan
 Array = NDArray[np.float64]
 
 _TRIAL_WORTH = 0.01  # of the time left: a trial that is expected to win less is not worth the unrest
+_NEAR = -0.05  # gain from which on a plan is made ready
 
 
 def gain_needed(switch_cost_s: float, horizon_s: float) -> float:
@@ -100,6 +101,7 @@ class CopusPolicy:
             gain_needed=float(outlook.needed[best]),
             switch_cost_s=float(outlook.cost_s[best]),
             horizon_s=outlook.horizon_s,
+            upcoming=_upcoming(outlook, np.array([not why for why in barred])),
         )
 
     def _why_barred(self, plan: Plan, outlook: _Outlook) -> str:
@@ -160,6 +162,16 @@ def _best(outlook: _Outlook, allowed: NDArray[np.bool_]) -> int:
     if paying.any():
         return int(np.argmax(np.where(paying, outlook.worth_s(outlook.gain), -np.inf)))
     return int(np.argmax(np.where(others, outlook.worth_s(outlook.gain_low), -np.inf)))
+
+
+def _upcoming(outlook: _Outlook, allowed: NDArray[np.bool_]) -> Plan | None:
+    """The best plan in another layout, if it comes near: to have it ready costs part of a switch."""
+    here = outlook.plans[0].layout
+    others = allowed & np.array([plan.layout != here for plan in outlook.plans])
+    if not others.any():
+        return None
+    best = int(np.argmax(np.where(others, outlook.gain, -np.inf)))
+    return outlook.plans[best] if outlook.gain[best] > _NEAR else None
 
 
 def _explain(outlook: _Outlook, best: int, switch: bool) -> str:

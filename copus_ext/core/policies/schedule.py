@@ -29,10 +29,13 @@ class SchedulePolicy:
         if chosen != situation.current and chosen in situation.rejected:
             why = f"stay: the scheduled {chosen} was given up: {situation.rejected[chosen]}"
             return Decision(situation.current, situation.current, why)
+        change = self.next_change(situation.consumed_samples)
         if chosen != situation.current:
             reason = f"switch to {chosen}: scheduled at {situation.consumed_samples} samples"
-        elif (change := self.next_change(situation.consumed_samples)) is not None:
+        elif change is not None:
             reason = f"stay: the schedule has no change before {change} samples"
         else:
             reason = "stay: the schedule has no more changes"
-        return Decision(chosen, situation.current, reason)
+        return Decision(
+            chosen, situation.current, reason, upcoming=None if change is None else self.schedule.plan_at(change)
+        )

@@ -1,0 +1,70 @@
+"""How fast the bytes of a switch could go if nothing had to be planned, packed or checked."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_ITEM_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Transport:
+    """Seconds of the slowest rank: the best repetition and the median one."""
+
+    best_s: float
+    median_s: float
+    wire_bytes: int
+    local_bytes: int
+
+
+def raw_transport(sent: list[list[int]], repetitions: int) -> Transport:
+    """The same bytes per pair of ranks, between buffers that are there and were touched. Collective over all ranks.
+
+    All messages are under way at once, from contiguous buffers into contiguous ones, while what stays on the rank is
+    copied.
+
+    Args:
+        sent: bytes by source and target.
+        repetitions: how often.
+    """
+    rank, ranks = dist.get_rank(), range(dist.get_world_size())
+    outgoing = {peer: _buffer(sent[rank][peer]) for peer in ranks if sent[rank][peer]}
+    incoming = {peer: _buffer(sent[peer][rank]) for peer in ranks if sent[peer][rank]}
+    _once(outgoing, incoming)
+    seconds = [_once(outgoing, incoming) for _ in range(repetitions)]
+    local = sum(sent[peer][peer] for peer in ranks)
+    return Transport(
+        best_s=min(seconds),
+        median_s=statistics.median(seconds),
+        wire_bytes=sum(map(sum, sent)) - local,
+        local_bytes=local,
+    )
+
+
+def _buffer(nbytes: int) -> torch.Tensor:
+    return torch.ones(-(-nbytes // _ITEM_BYTES), dtype=torch.float32, device=torch.cuda.current_device())
+
+
+def _once(outgoing: dict[int, torch.Tensor], incoming: dict[int, torch.Tensor]) -> float:
+    """Seconds that the slowest rank takes."""
+    rank = dist.get_rank()
+    operations = [dist.P2POp(dist.isend, buffer, peer) for peer, buffer in outgoing.items() if peer != rank]
+    operations += [dist.P2POp(dist.irecv, buffer, peer) for peer, buffer in incoming.items() if peer != rank]
+    dist.barrier()
+    start = time.perf_counter()
+    works: list[Any] = dist.batch_isend_irecv(operations) if operations else []
+    if rank in outgoing:
+        incoming[rank].copy_(outgoing[rank])
+    for work in works:
+        work.wait()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = torch.tensor([time.perf_counter() - start], device=torch.cuda.current_device())
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+    return float(seconds)

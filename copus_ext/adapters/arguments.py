@@ -7,7 +7,9 @@ import contextlib
 import copy
 import io
 import traceback
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 from megatron.core.transformer.enums import AttnBackend
 
@@ -125,9 +127,16 @@ def arguments_for(raw: argparse.Namespace, plan: Plan, *, announce: bool = False
     if args.eval_global_batch_size:
         wanted = args.eval_micro_batch_size or plan.micro_batch
         args.eval_micro_batch_size = _eval_micro_batch(plan.layout, args.eval_global_batch_size, wanted)
-    with contextlib.nullcontext() if announce else contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.nullcontext() if announce else _unannounced():
         validate_args(args)
     return args
+
+
+@contextlib.contextmanager
+def _unannounced() -> Iterator[None]:
+    """Without upstream's list of all arguments, which takes it longer to lay out than to validate them."""
+    with contextlib.redirect_stdout(io.StringIO()), mock.patch("megatron.training.arguments._print_args"):
+        yield
 
 
 def _eval_micro_batch(layout: Layout, global_batch: int, wanted: int) -> int:

@@ -2,7 +2,8 @@
 
 The last axis of a tensor is read in words of 8 bytes (two fp32 numbers or four bf16 numbers; the last word of a row is
 filled up with zeros). The checksum is the sum over all words of (word as an integer) x (weight of its position), modulo
-2^64, and the weight of a position is the product of one random odd number per axis. A box that ends inside a word
+2^64, and the weight of a position is the product of one random odd number per axis. In a matrix of 256 rows or more,
+each 16 of them share one, so that they can be added up first, at the speed of memory. A box that ends inside a word
 counts its own part of the word with the rest as zeros, so that the sum of a box added to that of the rest is always
 that of the whole.
 
@@ -13,6 +14,7 @@ What is noticed:
 * Very likely: anything else, such as exchanged, transposed, shifted or doubled pieces. With ``k`` the lowest bit that
   differs in any word, about one in 2^(57 - k) choices of weights misses it in a matrix, and one in 2^(47 - k) in a
   tensor of four axes. ``k`` is 0 for fp32 numbers of full precision and 16 for those that were once bf16.
+* Not: elements of the same column exchanged among 16 rows that share a number.
 * Not for sure: changes only in the highest bits of words, for which ``k`` is large: two bf16 numbers exchanged that
   are both the last of their words have a ``k`` of 48 or more. An even number of words that differ in their highest bit
   alone, the sign of their last number, is missed.
@@ -23,7 +25,8 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -34,6 +37,8 @@ from copus_ext.core.transfer import Holding
 
 _SEED = 20260917
 _WORD = 8  # bytes
+_GROUP = 16  # rows
+_GROUPED_FROM = 256  # rows
 _PACKED_WORDS = 1 << 16  # 512 KiB: what is packed is still in the cache when it is read
 _PRODUCT_WORDS = 1 << 21  # 16 MiB: large enough that starting kernels costs little
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -60,6 +65,10 @@ class Checksums:
         ends = {part.box.end[::-1] for parts in covers for part in parts}
         extents = [max(along) for along in itertools.zip_longest((1,), *ends, fillvalue=1)]
         self._columns, *self._leading = (_odd_numbers(axis, n).to(device) for axis, n in enumerate(extents))
+        matrices = [part for parts in covers for part in parts if len(part.box.shape) == 2]
+        self._grouped = {part.key for part in matrices if part.box.end[0] >= _GROUPED_FROM}
+        rows = max((part.box.end[0] for part in matrices), default=1)
+        self._rows = _odd_numbers(len(extents), -(-rows // _GROUP)).repeat_interleave(_GROUP).to(device)
         self._one = torch.ones(1, dtype=torch.int64, device=device)
 
     def on(self, device: torch.device) -> Checksums:
@@ -67,39 +76,52 @@ class Checksums:
         other = copy.copy(self)
         other._device = device
         other._columns, *other._leading = (table.to(device) for table in (self._columns, *self._leading))
-        other._one = self._one.to(device)
+        other._rows, other._one = self._rows.to(device), self._one.to(device)
         return other
 
-    def of(self, parts: Sequence[Holding], pieces: Sequence[Piece]) -> torch.Tensor:
-        """This rank's share: int64 of shape [keys, together]; their sums over ranks are the checksums."""
+    def of(self, parts: Iterable[Holding], pieces: Sequence[Piece]) -> torch.Tensor:
+        """This rank's share: int64 of shape [keys, together]; their sums over ranks are the checksums.
+
+        What is in ``parts`` more than once counts as often, and is read once.
+        """
         sums = torch.zeros(len(self._row), self._together, dtype=torch.int64, device=self._device)
         by_key = sums.unbind()
-        for part in parts:
+        for part, times in Counter(parts).items():
             views = pieces[part.piece].views(part.start, part.box.shape)
             first = part.box.offset[-1] if part.box.offset else 0
-            by_row = torch.stack([self._row_sums(view, first) for view in views])
-            by_box = _weighted_sums(by_row, self._row_weights(part.box))
+            grouped = part.key in self._grouped
+            by_row = self._row_weights(part.box, grouped)
+            ends = -part.box.offset[0] % _GROUP if grouped else None
+            by_box = torch.stack([self._sum(view, first, by_row, ends) for view in views])
             total = by_key[self._row[part.key]]
-            (total if len(views) == self._together else total[: len(views)]).add_(by_box)
+            (total if len(views) == self._together else total[: len(views)]).add_(by_box, alpha=times)
         return sums
 
-    def _row_weights(self, box: Box) -> torch.Tensor:
+    def _row_weights(self, box: Box, grouped: bool) -> torch.Tensor:
         """Products of the weights along all axes but the last, in C order: [rows]."""
         if len(box.shape) < 2:
             return self._one
+        if grouped:
+            return self._rows[box.offset[0] : box.offset[0] + box.shape[0]]
         inside_out = zip(box.offset[-2::-1], box.shape[-2::-1], self._leading, strict=False)
         return functools.reduce(_outer, [table[o : o + n] for o, n, table in inside_out])
 
-    def _row_sums(self, view: torch.Tensor, first: int) -> torch.Tensor:
-        """Weighted sums of the words of each row, for rows that begin at column ``first``: [rows]."""
+    def _sum(self, view: torch.Tensor, first: int, by_row: torch.Tensor, head: int | None) -> torch.Tensor:
+        """Weighted sum of the words of a box whose rows begin at column ``first``: a scalar.
+
+        ``head``: rows up to the end of the first group, where rows share weights.
+        """
         columns = view.shape[-1] if view.dim() else 1
         rows = view if view.dim() == 2 else view.reshape(-1, columns)
         per_word = _WORD // view.element_size()
         before = first % per_word
         weights = self._columns[first // per_word : -(-(first + columns) // per_word)]
-        if before == columns % per_word == rows.stride(0) % per_word == 0 and _dense_words(rows):
-            return _weighted_sums(rows.view(torch.int64), weights)
-        return _packed_row_sums(rows, before, weights)
+        if before or columns % per_word or not _in_words(rows):
+            return (_packed_row_sums(rows, before, weights) * by_row).sum()
+        words = rows.view(torch.int64) if len(rows) > 1 else rows[0].view(torch.int64)[None]
+        if head is not None:
+            words, by_row = _grouped(words, by_row, head)
+        return (_weighted_sums(words, weights) * by_row).sum()
 
 
 def _odd_numbers(axis: int, count: int) -> torch.Tensor:
@@ -111,11 +133,26 @@ def _outer(inner: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
     return torch.outer(outer, inner).view(-1)
 
 
-def _dense_words(rows: torch.Tensor) -> bool:
-    """Rows lie one behind the other and begin where a word does, in the storage and in memory."""
-    # Rows that lie apart would be right too, but multiplying waits for memory at each; copying does not.
-    start = rows.storage_offset() * rows.element_size()
-    return rows.is_contiguous() and (start | rows.data_ptr()) % _WORD == 0
+def _in_words(rows: torch.Tensor) -> bool:
+    """Every row begins where a word does, in the storage and in memory, and has its elements side by side."""
+    if rows.shape[1] > 1 and rows.stride(1) != 1:
+        return False
+    size = rows.element_size()
+    starts = rows.storage_offset() * size | rows.data_ptr() | (rows.stride(0) * size if len(rows) > 1 else 0)
+    return starts % _WORD == 0
+
+
+def _grouped(words: torch.Tensor, by_row: torch.Tensor, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of equal weight added up: [rows, n] and [rows] to [groups, n] and [groups]; a group ends behind ``head``."""
+    if len(words) <= head:
+        return words.sum(0, keepdim=True), by_row[:1]
+    whole = (len(words) - head) // _GROUP
+    end = head + whole * _GROUP
+    sums = [words[head:end].unflatten(0, (whole, _GROUP)).sum(1)] if whole else []
+    sums = [words[:head].sum(0, keepdim=True), *sums] if head else sums
+    sums += [words[end:].sum(0, keepdim=True)] if end < len(words) else []
+    weights = torch.cat([by_row[:1], by_row[head::_GROUP]]) if head else by_row[::_GROUP]
+    return _joined(sums), weights
 
 
 def _packed_row_sums(rows: torch.Tensor, before: int, weights: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import itertools
 import torch
 import torch.distributed as dist
 
+from copus_ext.adapters.agreement import added_up
 from copus_ext.adapters.checksum import Checksums
 from copus_ext.adapters.exchange import Exchange, Scratch
 from copus_ext.adapters.job_memory import Side
@@ -109,8 +110,7 @@ class Move:
         """What went wrong on any rank, with this round's memory or with the last round's checksums."""
         with self._phases("move"):  # waiting for the slowest rank is part of moving
             sums = torch.zeros(0, dtype=torch.int64, device=self._device) if self._sums is None else self._sums
-            votes = torch.cat([sums.flatten(), torch.tensor([failure is not None], device=self._device)])
-            dist.all_reduce(votes)
+            votes = added_up(torch.cat([sums.flatten(), torch.tensor([failure is not None], device=self._device)]))
             if not votes.any():
                 return None
             if votes[-1]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from copus_ext.adapters.agreement import largest
 from copus_ext.adapters.blueprint import holdings_of_layout
 from copus_ext.adapters.carry import carry_grad_scaler, optimizer_step, set_optimizer_step
 from copus_ext.adapters.checksum import Checksums
@@ -75,7 +76,7 @@ def reshard(
         old: a job between two steps.
         new: a job of the same model and precision in any layout on the same ranks; what it holds is lost.
         plans: keeps what is planned, so that going between the same two layouts again costs no planning.
-        chunk_bytes: what a rank handles at most at a time; a 6th of its state up to 64 MiB where it is not given.
+        chunk_bytes: what a rank handles at most at a time; a 4th of its state up to 64 MiB where it is not given.
         staged: take what is held through pinned host memory, for which a rank must have room there; where it is not
             given, only if a rank has less free on its device than moving from device to device takes in between.
 
@@ -88,7 +89,7 @@ def reshard(
     with phases("plan"):
         _refuse_uncovered(old, new)
         _finish_parameter_gathers(old)
-        step = _highest(optimizer_step(old), old)
+        step = largest(optimizer_step(old), _device(old))
         plan, checksums = _planned(old, new, step >= 0, plans or PlanCache(), chunk_bytes)
         before, after = old.memory[step >= 0], new.memory[step >= 0]
     with phases("move"):
@@ -119,7 +120,7 @@ def reshard(
 def plan_reshard(old: Job, new: Job, plans: PlanCache) -> None:
     """Plan ahead, into ``plans``, what ``reshard`` does with the same jobs. Collective; raises what it raises then."""
     _refuse_uncovered(old, new)
-    _planned(old, new, _highest(optimizer_step(old), old) >= 0, plans, None)
+    _planned(old, new, largest(optimizer_step(old), _device(old)) >= 0, plans, None)
 
 
 def _refuse_uncovered(old: Job, new: Job) -> None:
@@ -170,7 +171,7 @@ def _held_by_all(job: Job, with_moments: bool, plans: PlanCache) -> list[list[Ho
 
 def _refuse_together(failure: str | None, job: Job) -> None:
     """On every rank what the first rank says that has something to say."""
-    if not _highest(int(failure is not None), job):
+    if not largest(int(failure is not None), _device(job)):
         return
     said: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(said, failure)
@@ -195,8 +196,5 @@ def _derive_weights(job: Job) -> None:
             chunk.start_param_sync(force_sync=True)
 
 
-def _highest(value: int, job: Job) -> int:
-    """The largest of all ranks' values."""
-    tensor = torch.tensor([value], device=next(job.model[0].parameters()).device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return int(tensor)
+def _device(job: Job) -> torch.device:
+    return next(job.model[0].parameters()).device

@@ -8,6 +8,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from copus_ext.adapters.agreement import largest
 from copus_ext.adapters.job_memory import Side
 from copus_ext.core.streaming import Stream
 
@@ -19,9 +20,7 @@ def has_to_be_staged(plan: Stream, old: Side, new: Side) -> bool:
     """
     device = old.memory.device
     short = extra_bytes(plan, old, new, dist.get_rank()) > free_bytes(device)
-    vote = torch.tensor([short], dtype=torch.int32, device=device)
-    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    return bool(vote)
+    return bool(largest(int(short), device))
 
 
 def extra_bytes(plan: Stream, old: Side, new: Side, rank: int) -> int:

@@ -65,7 +65,7 @@ def stream(plan: TransferPlan, old: Holdings, new: Holdings, limit_bytes: int | 
         plan: made from ``old`` and ``new``.
         old: by rank, what it holds now.
         new: by rank, what it will hold.
-        limit_bytes: what a rank handles at most in one round; a 6th of what the emptiest rank holds, up to 64 MiB,
+        limit_bytes: what a rank handles at most in one round; a 4th of what the emptiest rank holds, up to 64 MiB,
             where it is not given.
     """
     if limit_bytes is None:
@@ -114,7 +114,7 @@ def rounds(transfers: Iterable[Transfer], limit_bytes: int) -> Iterator[list[Tra
 def _default_limit(old: Holdings, new: Holdings) -> int:
     """So small that a round, and the memory to pack it, fits where gradients were; so large that rounds are few."""
     held = (max(sum(_piece_bytes(side[rank]).values()) for side in (old, new)) for rank in range(len(old)))
-    return max(_LEAST_LIMIT, min(_LIMIT, min(filter(None, held), default=0) // 6))
+    return max(_LEAST_LIMIT, min(_LIMIT, min(filter(None, held), default=0) // 4))
 
 
 def _tensor(key: str) -> str:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core.num_microbatches_calculator import reconfigure_num_microbatches_calculator
 from megatron.training.global_vars import set_args
 
+from copus_ext.adapters.agreement import largest
 from copus_ext.adapters.arguments import arguments_for, first_line
 from copus_ext.adapters.carry import RngState, carry_scheduler
 from copus_ext.adapters.job import Job, build_job
@@ -243,9 +244,8 @@ def _agreed[Result](step: Callable[[Callable[[], None]], Result], what: str) -> 
 
 def _first_failure(mine: str | None) -> str | None:
     """What the first rank that failed says of it; ``None`` where none did. Collective."""
-    votes = torch.tensor([mine is not None], dtype=torch.int32, device=torch.cuda.current_device())
-    dist.all_reduce(votes)
-    if not int(votes):
+    device = torch.empty(0, device=torch.cuda.current_device()).device
+    if not largest(int(mine is not None), device):
         return None
     said: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(said, mine)

@@ -199,8 +199,9 @@ def _redirect_rng() -> None:
     torch.cuda.default_generators = (torch.default_generator,)
     torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
-    torch.cuda.manual_seed_all = torch.cuda.manual_seed
+    # torch's own seeds devices that are not there as well: it keeps a stack trace for each, formatted, for ever.
+    torch.manual_seed = torch.random.manual_seed = lambda seed: torch.default_generator.manual_seed(int(seed))
+    torch.cuda.manual_seed = torch.cuda.manual_seed_all = torch.manual_seed
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
     torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
 

@@ -154,6 +154,32 @@ def test_changes_that_no_row_or_column_sees_are_noticed(dtype: torch.dtype) -> N
     assert whole_checksum(tensor) != whole_checksum(other)
 
 
+LARGE = (300, 12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:-1], ids=str)
+def test_rows_that_share_a_weight_add_up_in_any_cut(dtype: torch.dtype) -> None:
+    tensor, rng = some_tensor(LARGE, dtype), random.Random(1)
+    for _ in range(10):
+        parts = [whole(tensor)._replace(box=box, start=box.offset) for box in random_boxes(rng, whole(tensor).box, 5)]
+        pieces = [Piece(LARGE, 0, (tensor.flatten(),))]
+        sums = Checksums(["w"], [[whole(tensor)]], 1, torch.device("cpu")).of(parts, pieces)
+        assert sums.tolist() == whole_checksum(tensor)
+
+
+def test_changes_of_large_matrices_are_noticed() -> None:
+    tensor = some_tensor(LARGE, torch.float32)
+    before, bits = whole_checksum(tensor), tensor.view(torch.int32)
+    for row, column, bit in ((0, 0, 0), (17, 5, 31), (299, 11, 12)):
+        bits[row, column] ^= 1 << bit if bit < 31 else -(2**31)
+        assert whole_checksum(tensor) != before
+        bits[row, column] ^= 1 << bit if bit < 31 else -(2**31)
+    far = tensor.clone()
+    far[3], far[19] = tensor[19], tensor[3]
+    for changed in (tensor.flip(0), tensor.roll(1, 0), tensor.roll(1, 1), tensor.roll(16, 0), far):
+        assert whole_checksum(changed) != before
+
+
 def test_changed_signs_are_noticed() -> None:
     tensor = some_tensor((8, 8), torch.float32)
     assert whole_checksum(-tensor) != whole_checksum(tensor)

@@ -12,7 +12,8 @@ from typing import Any
 class Switched:
     """One switch, of all ranks: seconds and shares are the largest of any rank.
 
-    ``wall_s`` lies between barriers, without the steps behind it. ``transport``: the same bytes sent and copied raw.
+    ``wall_s`` lies between barriers, without the steps behind it; ``ahead_s`` is what making ready took while training
+    would have gone on. ``transport``: the same bytes sent and copied raw.
     ``ram_save_s`` and ``ram_load_s``: upstream's checkpoint in memory, between the same two layouts just before;
     ``ram_same``: it brought the same weights and optimizer state. ``..._counted`` is what the switch says itself.
     """
@@ -23,6 +24,7 @@ class Switched:
     new: str
     first_visit: bool
     wall_s: float
+    ahead_s: float
     seconds: dict[str, float]
     move_s: float
     bytes_moved: int
@@ -60,6 +62,16 @@ class Switched:
     def move_over_memcpy_bound(self) -> float:
         """Our moving over the best raw transport of the same bytes."""
         return self.move_s / float(self.transport["best_s"])
+
+    @property
+    def bookkeeping_s(self) -> float:
+        """All but moving and verifying."""
+        return sum(self.seconds.get(name, 0.0) for name in ("prepare", "plan", "sync", "release"))
+
+    @property
+    def verify_over_wall(self) -> float:
+        """The share of checksums."""
+        return self.seconds.get("verify", 0.0) / self.wall_s
 
     @property
     def first_step_over_second(self) -> float:
@@ -118,6 +130,9 @@ def summarise(switches: Sequence[Switched], restarts: Sequence[Restarted]) -> di
         "switch_s_later_median": _of(statistics.median, later),
         "ram_checkpoint_s_median": _of(statistics.median, [one.ram_s for one in switches if one.ram_s is not None]),
         "restart_s_median": _of(statistics.median, [one.total_s for one in restarts]),
+        "ahead_s_first_visit_median": _of(statistics.median, [one.ahead_s for one in switches if one.first_visit]),
+        "bookkeeping_s_median": _of(statistics.median, [one.bookkeeping_s for one in switches]),
+        "verify_over_switch_median": _of(statistics.median, [one.verify_over_wall for one in switches]),
         "first_step_over_second_median": _of(statistics.median, [one.first_step_over_second for one in switches]),
         "switches": len(switches),
         "uses": "all timed switches, first visits included",

@@ -111,6 +111,7 @@ def _figures(mine: _OnRank, ours: OurSwitch, steps: tuple[float, float]) -> dict
     return {
         "first_visit": ours.first_visit,
         "wall_s": ours.wall_s,
+        "ahead_s": ours.ahead_s,
         "seconds": {name: max(one.seconds.get(name, 0.0) for one in ranks) for name in mine.seconds},
         "move_s": max(one.move_s for one in ranks),
         "bytes_moved": ours.bytes_moved,

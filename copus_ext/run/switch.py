@@ -56,6 +56,18 @@ class SwitchFailed(RuntimeError):
     """The switch was given up. All ranks are back on the old plan, with nothing lost."""
 
 
+@contextlib.contextmanager
+def _without_collecting_garbage() -> Iterator[None]:
+    """What is made in a switch is not garbage, and looking through all of it takes longer than the switch."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 class Switcher:
     """Takes a run's job from plan to plan. Jobs that were left stay, hollow, so that going back builds nothing."""
 
@@ -66,6 +78,7 @@ class Switcher:
         self._hollow: dict[Layout, Job] = {}  # the one left longest ago comes first
         self._not_ahead: set[Layout] = set()  # which could not be prepared ahead of a switch
 
+    @_without_collecting_garbage()
     def switch(self, job: Job, plan: Plan, overrides: dict[str, Any]) -> tuple[Job, SwitchReport]:
         """Go from the job's plan to ``plan``. Collective over all ranks.
 
@@ -104,6 +117,7 @@ class Switcher:
             self._keep(job)
         return new, report
 
+    @_without_collecting_garbage()
     def prepare(self, job: Job, plan: Plan, overrides: dict[str, Any]) -> None:
         """Make ahead of time what a switch to ``plan`` takes: groups, a hollow job, the transfer plan. Collective.
 

@@ -7,6 +7,7 @@ no CUDA those questions are answered by the CPU: the redirections below are the 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import platform
@@ -21,6 +22,7 @@ import torch
 from megatron.patches.registry import Patch
 
 _CPU = torch.device("cpu")
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 _FACTORIES = (
     "tensor as_tensor zeros ones empty full arange linspace rand randn randint randperm empty_strided "
     "zeros_like ones_like empty_like full_like rand_like randn_like Generator"
@@ -219,6 +221,17 @@ def _redirect_start_up() -> None:
     training.set_jit_fusion_options = _nothing
 
 
+def _keep_freed_memory() -> None:
+    """Let the C library use freed memory again instead of giving it back, page by page, and taking page faults on it.
+
+    A step frees and takes the same sizes again and again; a switch takes what it has just freed.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries have no such switch
+        set_option = ctypes.CDLL(None).mallopt
+        set_option(_M_MMAP_MAX, 0)
+        set_option(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def _run_eagerly() -> None:
     """Upstream compiles small kernels for speed; on a CPU that takes a C++ compiler and more time than it saves."""
     torch.compiler.set_stance("force_eager")
@@ -233,6 +246,7 @@ def apply() -> None:
     _redirect_cuda_module()
     _redirect_rng()
     _redirect_start_up()
+    _keep_freed_memory()
     _run_eagerly()
 
 

@@ -16,6 +16,7 @@ def _switched(**other: Any) -> Switched:
         "old": "dp4",
         "new": "dp1,tp4",
         "first_visit": False,
+        "ahead_s": 0.3,
         "wall_s": 0.5,
         "seconds": {"move": 0.2},
         "move_s": 0.2,

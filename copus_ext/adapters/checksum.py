@@ -27,6 +27,7 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -70,12 +71,14 @@ class Checksums:
         rows = max((part.box.end[0] for part in matrices), default=1)
         self._rows = _odd_numbers(len(extents), -(-rows // _GROUP)).repeat_interleave(_GROUP).to(device)
         self._one = torch.ones(1, dtype=torch.int64, device=device)
+        self._known: dict[tuple[Box, bool, int], _Weights] = {}  # slices of these; boxes come again and again
 
     def on(self, device: torch.device) -> Checksums:
         """The same for pieces that lie on another device."""
         other = copy.copy(self)
         other._device = device
         other._columns, *other._leading = (table.to(device) for table in (self._columns, *self._leading))
+        other._known = {}
         other._rows, other._one = self._rows.to(device), self._one.to(device)
         return other
 
@@ -84,18 +87,31 @@ class Checksums:
 
         What is in ``parts`` more than once counts as often, and is read once.
         """
-        sums = torch.zeros(len(self._row), self._together, dtype=torch.int64, device=self._device)
-        by_key = sums.unbind()
+        cells: list[int] = []
+        found: list[torch.Tensor] = []
         for part, times in Counter(parts).items():
-            views = pieces[part.piece].views(part.start, part.box.shape)
-            first = part.box.offset[-1] if part.box.offset else 0
-            grouped = part.key in self._grouped
-            by_row = self._row_weights(part.box, grouped)
-            ends = -part.box.offset[0] % _GROUP if grouped else None
-            by_box = torch.stack([self._sum(view, first, by_row, ends) for view in views])
-            total = by_key[self._row[part.key]]
-            (total if len(views) == self._together else total[: len(views)]).add_(by_box, alpha=times)
-        return sums
+            first = self._row[part.key] * self._together
+            for column, view in enumerate(pieces[part.piece].views(part.start, part.box.shape)):
+                weights = self._weights(part.box, part.key in self._grouped, view.element_size())
+                cells += [first + column] * times
+                found += [_sum(view, weights)] * times
+        sums = torch.zeros(len(self._row) * self._together, dtype=torch.int64, device=self._device)
+        if found:
+            sums.index_add_(0, torch.tensor(cells, device=self._device), torch.stack(found))
+        return sums.view(len(self._row), self._together)
+
+    def _weights(self, box: Box, grouped: bool, size: int) -> _Weights:
+        """For the words of a box whose elements have ``size`` bytes."""
+        if (box, grouped, size) not in self._known:
+            first, columns = (box.offset[-1], box.shape[-1]) if box.shape else (0, 1)
+            per_word = _WORD // size
+            before, behind = first % per_word, (first + columns) % per_word
+            of_columns = self._columns[first // per_word : -(-(first + columns) // per_word)]
+            head = -box.offset[0] % _GROUP if grouped else None
+            self._known[box, grouped, size] = _Weights(
+                of_columns, self._row_weights(box, grouped), before, bool(before or behind), head
+            )
+        return self._known[box, grouped, size]
 
     def _row_weights(self, box: Box, grouped: bool) -> torch.Tensor:
         """Products of the weights along all axes but the last, in C order: [rows]."""
@@ -106,22 +122,31 @@ class Checksums:
         inside_out = zip(box.offset[-2::-1], box.shape[-2::-1], self._leading, strict=False)
         return functools.reduce(_outer, [table[o : o + n] for o, n, table in inside_out])
 
-    def _sum(self, view: torch.Tensor, first: int, by_row: torch.Tensor, head: int | None) -> torch.Tensor:
-        """Weighted sum of the words of a box whose rows begin at column ``first``: a scalar.
 
-        ``head``: rows up to the end of the first group, where rows share weights.
-        """
-        columns = view.shape[-1] if view.dim() else 1
-        rows = view if view.dim() == 2 else view.reshape(-1, columns)
-        per_word = _WORD // view.element_size()
-        before = first % per_word
-        weights = self._columns[first // per_word : -(-(first + columns) // per_word)]
-        if before or columns % per_word or not _in_words(rows):
-            return (_packed_row_sums(rows, before, weights) * by_row).sum()
-        words = rows.view(torch.int64) if len(rows) > 1 else rows[0].view(torch.int64)[None]
-        if head is not None:
-            words, by_row = _grouped(words, by_row, head)
-        return (_weighted_sums(words, weights) * by_row).sum()
+class _Weights(NamedTuple):
+    """Of a box: by word [n], and by row [rows]. Its rows begin ``before`` elements into a word.
+
+    ``ragged``: they begin or end inside of a word. ``head``: rows up to the end of the first group of rows that share a
+    weight; ``None`` where none do.
+    """
+
+    by_word: torch.Tensor
+    by_row: torch.Tensor
+    before: int
+    ragged: bool
+    head: int | None
+
+
+def _sum(view: torch.Tensor, weights: _Weights) -> torch.Tensor:
+    """Weighted sum of the words of a box: a scalar."""
+    by_row = weights.by_row
+    rows = view if view.dim() == 2 else view.reshape(-1, view.shape[-1] if view.dim() else 1)
+    if weights.ragged or not _in_words(rows):
+        return (_packed_row_sums(rows, weights.before, weights.by_word) * by_row).sum()
+    words = rows.view(torch.int64) if len(rows) > 1 else rows[0].view(torch.int64)[None]
+    if weights.head is not None:
+        words, by_row = _grouped(words, by_row, weights.head)
+    return (_weighted_sums(words, weights.by_word) * by_row).sum()
 
 
 def _odd_numbers(axis: int, count: int) -> torch.Tensor:

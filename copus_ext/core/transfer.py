@@ -113,8 +113,9 @@ def plan_transfer(old: Holdings, new: Holdings, *, ranks_per_node: int = 1, part
     transfers: list[Transfer] = []
     minimum = 0
     for key in keys:
+        holders = _Holders(old_by_key[key], sources)
         for target, wanted in new_by_key[key]:
-            transfers += sources.cover(target, wanted, old_by_key[key])
+            transfers += holders.cover(target, wanted)
         minimum += _must_move(old_by_key[key], new_by_key[key])
         if not partial:
             _check_same_elements(key, old_by_key[key], new_by_key[key])
@@ -131,44 +132,68 @@ def _by_key(side: Holdings) -> dict[str, list[tuple[int, Holding]]]:
 
 
 class _Sources:
-    """Chooses holders, and remembers what each has to send."""
+    """Chooses among ranks that hold the same, and remembers what each has to send."""
 
     def __init__(self, ranks: int, ranks_per_node: int) -> None:
         self._sent_bytes = [0] * ranks
-        self._node = [rank // ranks_per_node for rank in range(ranks)]
+        self.node = [rank // ranks_per_node for rank in range(ranks)]
 
-    def cover(self, target: int, wanted: Holding, holders: list[tuple[int, Holding]]) -> Iterator[Transfer]:
+    def choose(self, ranks: Iterable[int], target: int) -> int:
+        """One on the node of ``target`` if there is one; of those, the one that has least to send."""
+
+        def preference(rank: int) -> tuple[bool, int, int]:
+            far = self.node[rank] != self.node[target]
+            return far, self._sent_bytes[rank], (rank - target) % len(self.node)
+
+        return min(ranks, key=preference)
+
+    def sends(self, rank: int, nbytes: int) -> None:
+        """``rank`` sends that much more."""
+        self._sent_bytes[rank] += nbytes
+
+
+class _Holders:
+    """Who holds which boxes of one logical tensor."""
+
+    def __init__(self, holders: list[tuple[int, Holding]], sources: _Sources) -> None:
+        self._sources = sources
+        self._by_box: dict[Box, dict[int, Holding]] = {}
+        self._nodes: defaultdict[Box, set[int]] = defaultdict(set)
+        self._own: defaultdict[int, list[Box]] = defaultdict(list)
+        for rank, held in holders:
+            self._by_box.setdefault(held.box, {})[rank] = held
+            self._nodes[held.box].add(sources.node[rank])
+            self._own[rank].append(held.box)
+        self._known: dict[tuple[Box, tuple[Box, ...], int], list[tuple[Box, Box]]] = {}
+
+    def cover(self, target: int, wanted: Holding) -> Iterator[Transfer]:
         """Transfers that fill one new box."""
-        missing = [wanted.box]
-        for source, held in self._by_preference(target, wanted, holders):
-            rest = []
-            for box in missing:
-                common = intersect(box, held.box)
-                if common is None:
-                    rest.append(box)
-                    continue
-                transfer = Transfer(source, target, held.part(common), wanted.part(common))
-                self._sent_bytes[source] += transfer.nbytes * transfer.on_wire
-                yield transfer
-                rest += subtract(box, common)
-            missing = rest
-            if not missing:
-                return
-        raise TransferError(f"nobody holds {missing[0]} of {wanted.key}, which rank {target} needs")
+        own = self._own.get(target, [])
+        for common, box in self._cuts(target, wanted, tuple(own)):
+            ranks = self._by_box[box]
+            source = target if target in ranks else self._sources.choose(ranks, target)
+            transfer = Transfer(source, target, ranks[source].part(common), wanted.part(common))
+            self._sources.sends(source, transfer.nbytes * transfer.on_wire)
+            yield transfer
 
-    def _by_preference(
-        self, target: int, wanted: Holding, holders: list[tuple[int, Holding]]
-    ) -> Iterable[tuple[int, Holding]]:
-        for rank, held in holders:  # most boxes stay where they are, and need no sorting
-            if rank == target and held.box == wanted.box:
-                return [(rank, held)]
-
-        def preference(holder: tuple[int, Holding]) -> tuple[bool, bool, int, int]:
-            rank = holder[0]
-            far = self._node[rank] != self._node[target]
-            return rank != target, far, self._sent_bytes[rank], (rank - target) % len(self._node)
-
-        return sorted(holders, key=preference)
+    def _cuts(self, target: int, wanted: Holding, own: tuple[Box, ...]) -> list[tuple[Box, Box]]:
+        """Parts of a wanted box, each with the held box that it is in; replicas want and hold the same."""
+        node = self._sources.node[target]
+        case = wanted.box, own, node
+        if case not in self._known:
+            near = [box for box, nodes in self._nodes.items() if node in nodes]
+            missing, cuts = [wanted.box], list[tuple[Box, Box]]()
+            for held in dict.fromkeys((*own, *near, *self._by_box)):
+                parts = [common for box in missing if (common := intersect(box, held))]
+                if parts:
+                    cuts += [(part, held) for part in parts]
+                    missing = [rest for box in missing for rest in subtract(box, held)]
+                if not missing:
+                    break
+            if missing:
+                raise TransferError(f"nobody holds {missing[0]} of {wanted.key}, which rank {target} needs")
+            self._known[case] = cuts
+        return self._known[case]
 
 
 def _must_move(old: list[tuple[int, Holding]], new: list[tuple[int, Holding]]) -> int:

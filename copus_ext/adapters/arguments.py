@@ -9,10 +9,11 @@ import io
 import traceback
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 from megatron.core.transformer.enums import AttnBackend
+from megatron.training import arguments as upstream
 
+from copus_ext.adapters.replaced import replaced
 from copus_ext.core.errors import UserError
 from copus_ext.core.model_shape import ModelShape
 from copus_ext.core.plan import Layout, Plan
@@ -52,13 +53,11 @@ def plan_of(raw: argparse.Namespace) -> Plan:
     Raises:
         UserError: flags that do not go together, with what upstream or the plan itself says of them.
     """
-    from megatron.training.arguments import validate_args
-
     _check_flags(raw)
     args = copy.deepcopy(raw)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            validate_args(args)
+        with _unannounced():
+            upstream.validate_args(args)
         return _plan_of_validated(args, bool(raw.sequence_parallel))
     except (AssertionError, ValueError, RuntimeError) as error:
         raise UserError(f"the flags do not go together: {first_line(error)}") from error
@@ -118,8 +117,6 @@ def arguments_for(raw: argparse.Namespace, plan: Plan, *, announce: bool = False
     Raises:
         AssertionError, ValueError, RuntimeError: upstream's validation refuses the plan.
     """
-    from megatron.training.arguments import validate_args
-
     args = copy.deepcopy(raw)
     for name, value in {**plan_overrides(raw, plan), **more}.items():
         setattr(args, name, value)
@@ -128,14 +125,14 @@ def arguments_for(raw: argparse.Namespace, plan: Plan, *, announce: bool = False
         wanted = args.eval_micro_batch_size or plan.micro_batch
         args.eval_micro_batch_size = _eval_micro_batch(plan.layout, args.eval_global_batch_size, wanted)
     with contextlib.nullcontext() if announce else _unannounced():
-        validate_args(args)
+        upstream.validate_args(args)
     return args
 
 
 @contextlib.contextmanager
 def _unannounced() -> Iterator[None]:
     """Without upstream's list of all arguments, which takes it longer to lay out than to validate them."""
-    with contextlib.redirect_stdout(io.StringIO()), mock.patch("megatron.training.arguments._print_args"):
+    with contextlib.redirect_stdout(io.StringIO()), replaced(upstream, _print_args=lambda *_: None):
         yield
 
 

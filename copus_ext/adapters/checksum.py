@@ -82,6 +82,10 @@ class Checksums:
         other._rows, other._one = self._rows.to(device), self._one.to(device)
         return other
 
+    def none(self) -> torch.Tensor:
+        """What no part adds up to: zeros of shape [keys, together]."""
+        return torch.zeros(len(self._row), self._together, dtype=torch.int64, device=self._device)
+
     def of(self, parts: Iterable[Holding], pieces: Sequence[Piece]) -> torch.Tensor:
         """This rank's share: int64 of shape [keys, together]; their sums over ranks are the checksums.
 
@@ -95,10 +99,10 @@ class Checksums:
                 weights = self._weights(part.box, part.key in self._grouped, view.element_size())
                 cells += [first + column] * times
                 found += [_sum(view, weights)] * times
-        sums = torch.zeros(len(self._row) * self._together, dtype=torch.int64, device=self._device)
+        sums = self.none()
         if found:
-            sums.index_add_(0, torch.tensor(cells, device=self._device), torch.stack(found))
-        return sums.view(len(self._row), self._together)
+            sums.view(-1).index_add_(0, torch.tensor(cells, device=self._device), torch.stack(found))
+        return sums
 
     def _weights(self, box: Box, grouped: bool, size: int) -> _Weights:
         """For the words of a box whose elements have ``size`` bytes."""

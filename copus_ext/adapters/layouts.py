@@ -17,7 +17,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from copus_ext.core.plan import Layout
 
 
-def _globals_of_parallel_state() -> dict[str, Any]:
+def globals_of_parallel_state() -> dict[str, Any]:
+    """What upstream keeps of the layout that is active, by name."""
     names = [name for name in vars(parallel_state) if name.startswith("_") and name[1:2].isupper()]
     names.append("_global_process_group_list")
     return {name: _shallow_copy(getattr(parallel_state, name)) for name in names}
@@ -28,7 +29,8 @@ def _shallow_copy(value: Any) -> Any:
     return copy.copy(value) if isinstance(value, dict | list) else value
 
 
-def _install(snapshot: dict[str, Any]) -> None:
+def install_globals(snapshot: dict[str, Any]) -> None:
+    """Put back what :func:`globals_of_parallel_state` gave."""
     for name, value in snapshot.items():
         setattr(parallel_state, name, _shallow_copy(value))
 
@@ -40,7 +42,7 @@ class LayoutGroups:
     """
 
     def __init__(self) -> None:
-        self._pristine = _globals_of_parallel_state()
+        self._pristine = globals_of_parallel_state()
         self._snapshots: dict[Layout, dict[str, Any]] = {}
         self._active: Layout | None = None
 
@@ -52,28 +54,28 @@ class LayoutGroups:
     def adopt(self, layout: Layout) -> ProcessGroupCollection:
         """Take the groups that upstream has just made for ``layout`` under this roof."""
         self._active = self._key(layout)
-        self._snapshots[self._active] = _globals_of_parallel_state()
+        self._snapshots[self._active] = globals_of_parallel_state()
         return ProcessGroupCollection.use_mpu_process_groups()
 
     def activate(self, layout: Layout, args: argparse.Namespace) -> ProcessGroupCollection:
         """Make ``layout`` the current one; ``args`` are upstream's validated arguments for it."""
         key = self._key(layout)
         if self._active is not None:  # upstream changes some of them as it goes
-            self._snapshots[self._active] = _globals_of_parallel_state()
+            self._snapshots[self._active] = globals_of_parallel_state()
         if key in self._snapshots:
-            _install(self._snapshots[key])
+            install_globals(self._snapshots[key])
         else:
-            _install(self._pristine)
-            _make_groups(args)
+            install_globals(self._pristine)
+            make_groups(args)
         self._active = key
-        self._snapshots[key] = _globals_of_parallel_state()
+        self._snapshots[key] = globals_of_parallel_state()
         return ProcessGroupCollection.use_mpu_process_groups()
 
     def __contains__(self, layout: Layout) -> bool:
         return self._key(layout) in self._snapshots
 
 
-def _make_groups(args: argparse.Namespace) -> None:
+def make_groups(args: argparse.Namespace) -> None:
     """Upstream's ``initialize_model_parallel`` with the arguments ``initialize_megatron`` gives it."""
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size,

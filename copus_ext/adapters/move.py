@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -51,7 +53,8 @@ class Move:
         self._device = old.memory.device
         self._rank = dist.get_rank()
         self._scratch = Scratch(self._device)
-        self._sums: torch.Tensor | None = None
+        self._sums = checksums.none()
+        self._failure: str | None = None  # since the ranks last agreed
 
     def run(self) -> None:
         """Move everything. Collective.
@@ -60,9 +63,8 @@ class Move:
             MoveFailed: on all ranks alike, when it has been undone.
         """
         for number, this in enumerate((*self._stream.rounds, None)):
-            exchange, failure = self._prepared(number, this)
-            failure = self._agree(failure)  # on this round's memory, and on the last round's checksums
-            if failure:
+            exchange = self._prepared(number, this)
+            if failure := self._agree():  # on this round's memory, and on the last round's checksums
                 self._undo(max(0, number - 1))
                 raise MoveFailed(failure)
             if number:
@@ -71,24 +73,27 @@ class Move:
                 self._carry_out(exchange)
         self._ledger.add(-self._scratch.nbytes)
 
-    def _prepared(self, number: int, this: Round | None) -> tuple[Exchange | None, str | None]:
-        """Memory for a round, or for what comes behind the last one, where ``this`` is none.
-
-        Or why there is no memory, which the other ranks have to hear of before they wait for this one.
-        """
-        with self._phases("move"):
-            try:
-                if number == 0:
-                    self._begin()
-                if this is None:
-                    self._ledger.add(self._new.memory.fill())
-                    return None, None
+    def _prepared(self, number: int, this: Round | None) -> Exchange | None:
+        """Memory for a round, or for what comes behind the last one, where ``this`` is none."""
+        exchange = None
+        with self._phases("move"), self._heard_of():
+            if number == 0:
+                self._begin()
+            if this is None:
+                self._ledger.add(self._new.memory.fill())
+            else:
                 exchange = Exchange(this.transfers, self._old.pieces, self._new.pieces)
                 self._ledger.add(self._new.memory.kept.fill(self._new.of(held.piece for held in exchange.given)))
                 self._ledger.add(exchange.prepare(self._scratch))
-            except RuntimeError as error:  # CUDA's out of memory is one
-                return None, f"rank {self._rank}: {str(error).splitlines()[0]}"
-        return exchange, None
+        return exchange
+
+    @contextlib.contextmanager
+    def _heard_of(self) -> Iterator[None]:
+        """Memory that runs out in the block is told to the others when ranks agree, or they would wait for this one."""
+        try:
+            yield
+        except RuntimeError as error:  # CUDA's out of memory is one
+            self._failure = self._failure or f"rank {self._rank}: {str(error).splitlines()[0]}"
 
     def _begin(self) -> None:
         if self._staged:
@@ -98,26 +103,26 @@ class Move:
             self._release(0)
 
     def _carry_out(self, exchange: Exchange) -> None:
-        with self._phases("verify"):
-            sums = self._checksums_before.of(exchange.taken, self._old.pieces).to(self._device)
+        self._sums = self._checksums_after.none()
+        with self._phases("verify"), self._heard_of():
+            self._sums += self._checksums_before.of(exchange.taken, self._old.pieces).to(self._device)
         with self._phases("move"):
             exchange.run()
-        with self._phases("verify"):
-            sums -= self._checksums_after.of(exchange.given, self._new.pieces)
-            self._sums = sums
+        with self._phases("verify"), self._heard_of():
+            self._sums -= self._checksums_after.of(exchange.given, self._new.pieces)
 
-    def _agree(self, failure: str | None) -> str | None:
-        """What went wrong on any rank, with this round's memory or with the last round's checksums."""
+    def _agree(self) -> str | None:
+        """What went wrong on any rank since the last time; ``None`` where all is well."""
         with self._phases("move"):  # waiting for the slowest rank is part of moving
-            sums = torch.zeros(0, dtype=torch.int64, device=self._device) if self._sums is None else self._sums
-            votes = added_up(torch.cat([sums.flatten(), torch.tensor([failure is not None], device=self._device)]))
+            failed = torch.tensor([self._failure is not None], device=self._device)
+            votes = added_up(torch.cat([self._sums.flatten(), failed]))
             if not votes.any():
                 return None
             if votes[-1]:
                 said: list[str | None] = [None] * dist.get_world_size()
-                dist.all_gather_object(said, failure)
+                dist.all_gather_object(said, self._failure)
                 return next(words for words in said if words is not None)
-            return f"checksums differ: {', '.join(self._differing(votes[:-1].view(sums.shape))[:3])}"
+            return f"checksums differ: {', '.join(self._differing(votes[:-1].view(self._sums.shape))[:3])}"
 
     def _differing(self, sums: torch.Tensor) -> list[str]:
         rows = sums.flatten(1).any(dim=1).tolist()

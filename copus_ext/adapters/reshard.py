@@ -31,17 +31,20 @@ from copus_ext.core.plan import Layout
 from copus_ext.core.streaming import Stream, stream
 from copus_ext.core.transfer import Holding, TransferError, plan_transfer
 
-__all__ = ["MoveFailed", "PlanCache", "ReshardReport", "TransferError", "UnsupportedReshard", "plan_reshard", "reshard"]
+__all__ = ["MoveFailed", "PlanCache", "ReshardReport", "UnsupportedReshard", "plan_reshard", "reshard"]
+
+_KEPT_MOVES = 32
+_Way = tuple[Layout, Layout, bool, int | None]  # from, to, with the optimizer's moments, bytes of a round
 
 
 @dataclass(frozen=True)
 class ReshardReport:
     """What a reshard did.
 
-    ``seconds`` on this rank by phase: plan, move, verify, sync (weights from main parameters, counters, memory for
-    gradients). Bytes are over all ranks: ``bytes_moved`` went from rank to rank, ``bytes_minimum`` had to. On this
-    rank, ``state_bytes`` are what the larger of the two jobs takes between steps (weights, gradients, optimizer), and
-    ``peak_extra_bytes`` what was held beyond that at any time.
+    ``seconds`` on this rank by phase: plan, move, verify, sync (weights from main parameters, counters). Bytes are over
+    all ranks: ``bytes_moved`` went from rank to rank, ``bytes_minimum`` had to. On this rank, ``state_bytes`` are what
+    the larger of the two jobs takes between steps (weights, gradients, optimizer), and ``peak_extra_bytes`` what was
+    held beyond that at any time.
     """
 
     seconds: dict[str, float]
@@ -55,8 +58,14 @@ class ReshardReport:
 class PlanCache:
     """What was planned, and what layouts hold. One serves one model and one process."""
 
-    moves: dict[tuple[Layout, Layout, bool], tuple[Stream, Checksums]] = field(default_factory=dict)
+    moves: dict[_Way, tuple[Stream, Checksums]] = field(default_factory=dict)
     holdings: dict[tuple[Layout, bool], list[list[Holding]]] = field(default_factory=dict)
+
+    def keep(self, way: _Way, move: tuple[Stream, Checksums]) -> None:
+        """Remember how to go ``way``, and forget the one that was planned longest ago where there are many."""
+        self.moves[way] = move
+        if len(self.moves) > _KEPT_MOVES:
+            del self.moves[next(iter(self.moves))]
 
 
 @torch.no_grad()
@@ -81,8 +90,8 @@ def reshard(
             given, only if a rank has less free on its device than moving from device to device takes in between.
 
     Raises:
-        UnsupportedReshard: state that is not covered, on every rank and before anything is moved.
-        TransferError: the two jobs do not hold the same logical tensors; likewise.
+        UnsupportedReshard: state that is not covered, or two jobs that do not hold the same logical tensors, on every
+            rank and before anything is moved.
         MoveFailed: memory ran out, or checksums of a tensor differ, on any rank. ``old`` has everything again.
     """
     phases = Phases()
@@ -137,21 +146,21 @@ def _refuse_uncovered(old: Job, new: Job) -> None:
 def _planned(
     old: Job, new: Job, with_moments: bool, plans: PlanCache, chunk_bytes: int | None
 ) -> tuple[Stream, Checksums]:
-    """The plan between two jobs: each rank makes it alone, from the two layouts."""
+    """The plan between two jobs: each rank makes it alone, from the two layouts, and is heard of if it can't."""
+    key = (old.plan.layout, new.plan.layout, with_moments, chunk_bytes)
     failure = None
     try:
         before, after = (_held_by_all(job, with_moments, plans) for job in (old, new))
-    except UnsupportedReshard as error:
+        if key not in plans.moves:
+            plan = plan_transfer(before, after, ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            together = max(1, len(moment_names(new.args)))
+            checksums = Checksums(plan.keys, after, together, _device(old))
+            plans.keep(key, (stream(plan, before, after, chunk_bytes), checksums))
+    except (UnsupportedReshard, TransferError) as error:
         failure = str(error)
     except Exception as error:  # the other ranks must hear of anything, or they wait forever
         failure = f"{type(error).__name__}: {error}"
     _refuse_together(failure, old)
-    key = (old.plan.layout, new.plan.layout, with_moments)
-    if key not in plans.moves:
-        plan = plan_transfer(before, after, ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        together = max(1, len(moment_names(new.args)))
-        checksums = Checksums(plan.keys, after, together, old.memory[with_moments].device)
-        plans.moves[key] = stream(plan, before, after, chunk_bytes), checksums
     return plans.moves[key]
 
 

@@ -14,7 +14,8 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import global_vars
 
-from copus_ext.adapters.layouts import _globals_of_parallel_state, _install, _make_groups
+from copus_ext.adapters.layouts import globals_of_parallel_state, install_globals, make_groups
+from copus_ext.adapters.replaced import replaced
 
 # What only decides how ranks talk. Upstream would read files, set environment variables and wait for others.
 _ABOUT_COMMUNICATION: dict[str, Any] = {
@@ -95,7 +96,7 @@ def in_place_of(rank: int, world_size: int, args: argparse.Namespace) -> Iterato
         args: upstream's validated arguments for the layout.
     """
     seat = Seat(rank, world_size)
-    found = _globals_of_parallel_state()
+    found = globals_of_parallel_state()
     with (
         replaced(torch.distributed, **seat.answers()),
         replaced(parallel_state, create_group=seat.create_group),
@@ -103,25 +104,12 @@ def in_place_of(rank: int, world_size: int, args: argparse.Namespace) -> Iterato
         _hushed(),
     ):
         try:
-            _install({name: {} if isinstance(value, dict) else None for name, value in found.items()})
-            _make_groups(argparse.Namespace(**{**vars(args), **_ABOUT_COMMUNICATION}))
+            install_globals({name: {} if isinstance(value, dict) else None for name, value in found.items()})
+            make_groups(argparse.Namespace(**{**vars(args), **_ABOUT_COMMUNICATION}))
             seat.groups = ProcessGroupCollection.use_mpu_process_groups()
             yield seat
         finally:
-            _install(found)
-
-
-@contextlib.contextmanager
-def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    """In the block, ``owner`` has these attributes in place of its own."""
-    found = {name: getattr(owner, name) for name in attributes}
-    for name, value in attributes.items():
-        setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        for name, value in found.items():
-            setattr(owner, name, value)
+            install_globals(found)
 
 
 @contextlib.contextmanager

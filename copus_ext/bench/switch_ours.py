@@ -73,7 +73,7 @@ class Switches:
 
     def _sent(self, old: Layout, new: Layout) -> list[list[int]]:
         """Bytes by source and target of the plan between two layouts, with the optimizer's moments."""
-        plan = self._switcher.plans.moves[old, new, True][0].plan
+        plan = self._switcher.plans.moves[old, new, True, None][0].plan
         ranks = dist.get_world_size()
         sent = [[0] * ranks for _ in range(ranks)]
         for transfer in plan.transfers:

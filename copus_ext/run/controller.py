@@ -114,7 +114,7 @@ class Controller(Observer):
             situation = self._situation()
             decision = self._decision(situation)
             self._telemetry.decision(decision, situation.noise)
-            chosen = [decision.chosen if decision.is_switch else None, decision.upcoming]
+            chosen = [decision.chosen if decision.is_switch else None, self._allowed(decision.upcoming)]
         dist.broadcast_object_list(chosen, src=lead)
         if chosen[0] is not None:
             self.wanted = chosen[0]
@@ -136,6 +136,9 @@ class Controller(Observer):
             return decision
         reason = f"stay: {decision.chosen} was refused before: {situation.rejected[decision.chosen]}"
         return replace(decision, chosen=decision.current, reason=reason)
+
+    def _allowed(self, plan: Plan | None) -> Plan | None:
+        return None if plan is None or self._refusal_of(plan) else plan
 
     def _situation(self) -> Situation:
         known = self._knowledge

@@ -21,7 +21,7 @@ from copus_ext.adapters.job import Job, build_job
 from copus_ext.adapters.job_memory import gradients
 from copus_ext.adapters.layouts import LayoutGroups
 from copus_ext.adapters.phases import Phases
-from copus_ext.adapters.reshard import MoveFailed, PlanCache, TransferError, UnsupportedReshard, plan_reshard, reshard
+from copus_ext.adapters.reshard import MoveFailed, PlanCache, UnsupportedReshard, plan_reshard, reshard
 from copus_ext.core.plan import Layout, Plan
 from copus_ext.run.progress import carry_progress
 
@@ -165,7 +165,7 @@ def _return_if_it_fails(job: Job, layouts: LayoutGroups, rng: RngState) -> Itera
     """Put the old job back in charge when the block fails, which it does on all ranks alike."""
     try:
         yield
-    except (SwitchFailed, UnsupportedReshard, TransferError, MoveFailed) as error:
+    except (SwitchFailed, UnsupportedReshard, MoveFailed) as error:
         put_in_charge(job, layouts)
         rng.restore()
         gc.collect()

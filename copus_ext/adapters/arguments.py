@@ -99,7 +99,8 @@ def _plan_of_validated(args: argparse.Namespace, sequence_parallel: bool) -> Pla
         cp=args.context_parallel_size,
         ep=args.expert_model_parallel_size,
         sequence_parallel=sequence_parallel,
-        distributed_optimizer=args.use_distributed_optimizer,
+        # Validation puts the second in place of the first for Muon and its like.
+        distributed_optimizer=args.use_distributed_optimizer or args.use_layer_wise_distributed_optimizer,
         recompute=args.recompute_granularity or "none",
     )
     return Plan(layout, args.micro_batch_size, args.global_batch_size)

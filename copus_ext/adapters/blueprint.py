@@ -1,16 +1,15 @@
 """What every rank of a layout holds, from the layout's arguments alone: nothing is sent, and no weights are allocated.
 
 Upstream builds each pipeline stage once, on torch's meta device, in the place of one of its ranks. What each rank of
-the stage holds of it is then said by the code that says it of a real job (``job_state``).
+the stage holds of it is then said by the code that says it of a real job (``job_state``). Which of several optimizers
+(Muon, and Adam for the rest) has a parameter is said by upstream's optimizer, built for the model on the meta device.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -18,12 +17,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from copus_ext.adapters.job_state import (
     PlacedTensor,
     UnsupportedReshard,
-    moment_names,
     placed_tensors,
+    shards_of,
     state_of,
     uncovered,
 )
-from copus_ext.adapters.meta_model import META, Chunk, build_on_meta
+from copus_ext.adapters.meta_model import META, Chunk, build_on_meta, optimizer_on_meta
 from copus_ext.adapters.optimizer_shards import Shard
 from copus_ext.adapters.stand_in import Seat, in_place_of
 from copus_ext.core.plan import Plan
@@ -49,31 +48,32 @@ def holdings_of_layout(plan: Plan, args: argparse.Namespace, *, with_moments: bo
     """
     if reason := uncovered(args):
         raise UnsupportedReshard(reason)
-    names = moment_names(args) if with_moments else ()
     world_size = plan.layout.world_size
     found: dict[int, list[Holding]] = {}
     for rank in range(world_size):
         if rank not in found:
             with in_place_of(rank, world_size, args) as seat:
-                found |= _holdings_of_stage(seat, args, names)
+                found |= _holdings_of_stage(seat, args, with_moments)
     return [found[rank] for rank in range(world_size)]
 
 
-def _holdings_of_stage(seat: Seat, args: argparse.Namespace, names: tuple[str, ...]) -> dict[int, list[Holding]]:
+def _holdings_of_stage(seat: Seat, args: argparse.Namespace, with_moments: bool) -> dict[int, list[Holding]]:
     """By rank, for all in the pipeline stage of ``seat``. They have the same tensors, in other places."""
     chunks = build_on_meta(args, seat.groups)
     model = [chunk.module for chunk in chunks]
-    shards = _sharded(chunks, seat.groups) if args.use_distributed_optimizer else _unsharded(model)
+    whole = shards_of(optimizer_on_meta(chunks, args, seat.groups))
+    shards = _sharded(whole, chunks, seat.groups) if args.use_distributed_optimizer else _unsharded(whole)
     found: dict[int, list[Holding]] = {}
     for rank in seat.groups.tp_dp_cp.ranks:
         if rank not in found:
             seat.rank = rank
-            found |= _holdings_of_replicas(seat.groups, placed_tensors(model, seat.groups.dp_cp), shards, names)
+            placed = placed_tensors(model, seat.groups.dp_cp)
+            found |= _holdings_of_replicas(seat.groups, placed, shards, with_moments)
     return found
 
 
 def _holdings_of_replicas(
-    groups: ProcessGroupCollection, placed: list[PlacedTensor], shards: _Shards, names: tuple[str, ...]
+    groups: ProcessGroupCollection, placed: list[PlacedTensor], shards: _Shards, with_moments: bool
 ) -> dict[int, list[Holding]]:
     """By rank, for all that have ``placed``. They differ in what their optimizers keep."""
     dense_ranks, expert_ranks = groups.dp_cp.ranks, groups.expt_dp.ranks
@@ -86,7 +86,7 @@ def _holdings_of_replicas(
         place = dense_ranks.index(rank) % len(shards.dense), expert_ranks.index(rank) % len(shards.expert)
         if place not in of_place:
             kept = shards.dense[place[0]] | shards.expert[place[1]]
-            holdings = state_of(placed, kept, names).holdings
+            holdings = state_of(placed, kept, with_moments=with_moments).holdings
             of_place[place] = equal.setdefault(tuple(holdings), holdings)
         found[rank] = of_place[place]
     return found
@@ -99,21 +99,14 @@ class _Shards(NamedTuple):
     expert: Sequence[dict[int, Shard]]
 
 
-def _no_optimizer() -> Any:
-    return SimpleNamespace(state=defaultdict(dict))
-
-
-def _unsharded(model: list[Any]) -> _Shards:
+def _unsharded(whole: Mapping[int, Shard]) -> _Shards:
     """Every rank keeps all: an fp32 copy of what is in half precision."""
-    optimizer, kept = _no_optimizer(), {}
-    for parameter in (p for chunk in model for p in chunk.parameters() if p.requires_grad):
-        kept[id(parameter)] = Shard(optimizer, parameter.detach().float(), 0)
+    kept = {parameter: shard._replace(main=shard.main.detach().float()) for parameter, shard in whole.items()}
     return _Shards([kept], [{}])
 
 
-def _sharded(chunks: list[Chunk], groups: ProcessGroupCollection) -> _Shards:
+def _sharded(whole: Mapping[int, Shard], chunks: list[Chunk], groups: ProcessGroupCollection) -> _Shards:
     """Every bucket of a buffer is cut evenly over the group, across the parameters in it."""
-    optimizer = _no_optimizer()
     shards = _Shards([{} for _ in groups.intra_dp_cp.ranks], [{} for _ in groups.intra_expt_dp.ranks])
     for chunk in chunks:
         for key, layout in chunk.layouts.items():
@@ -121,7 +114,7 @@ def _sharded(chunks: list[Chunk], groups: ProcessGroupCollection) -> _Shards:
             for parameter, (start, stop, bucket) in layout.param_index_map.items():
                 for place, first, end in _cuts(start, stop, layout.bucket_indices[bucket], len(by_place)):
                     main = torch.empty(end - first, dtype=torch.float32, device=META)
-                    by_place[place][id(parameter)] = Shard(optimizer, main, first - start)
+                    by_place[place][id(parameter)] = whole[id(parameter)]._replace(main=main, first=first - start)
     return shards
 
 

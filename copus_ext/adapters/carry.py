@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import parallel_state
+from megatron.core.optimizer import Adam
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.training.initialize import _set_random_seed
 
@@ -24,7 +25,7 @@ _SEED_RANGE = 2**31 - 2**20  # upstream adds small numbers per rank, and numpy's
 def optimizer_step(job: Job) -> int:
     """Steps that this rank's optimizer has made; -1 when it has no state yet.
 
-    torch keeps the count with each parameter, fused optimizers keep it in the parameter group, SGD keeps none (0).
+    torch keeps the count with each parameter, fused Adam keeps it in the parameter group, others keep none (0).
     """
     counts = [_NEVER_STEPPED]
     for wrapper in inner_optimizers(job.optimizer):
@@ -44,7 +45,7 @@ def set_optimizer_step(job: Job, step: int) -> None:
                 for parameter in group["params"]:
                     device = parameter.device if on_device else "cpu"
                     inner.state[parameter]["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
-            elif not isinstance(inner, torch.optim.SGD):
+            elif isinstance(inner, Adam):  # the fused one
                 group["step"] = step
 
 

@@ -117,7 +117,7 @@ def _extent(tensor: torch.Tensor) -> int:
 
 
 class WithoutMemory(TorchFunctionMode):
-    """Inside, large tensors that are made get no memory, and nothing is copied to or from those that have none.
+    """Inside, large tensors of numbers get no memory when made, and nothing is copied to or from those that have none.
 
     It covers what upstream does to wrap a model whose parameters are hollow already and to build its optimizer; not
     computing with such tensors. Memory for a view, or for what is made, is taken for the moment.
@@ -136,7 +136,7 @@ class WithoutMemory(TorchFunctionMode):
             return _viewed(func, args, kwargs)
         if isinstance(func, BuiltinFunctionType) and func.__name__ in _MAKES:
             made: torch.Tensor = getattr(torch, _MAKES[func.__name__])(*args, **kwargs)
-            if made.numel() >= _LARGE:
+            if made.numel() >= _LARGE and made.is_floating_point():  # what ranks tell each other meanwhile is bytes
                 return empty(made)
         return func(*args, **kwargs)
 

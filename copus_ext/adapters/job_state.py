@@ -29,7 +29,7 @@ from copus_ext.adapters.optimizer_shards import Shard, UnknownOptimizer, optimiz
 from copus_ext.core.geometry import Box, flat_range_boxes, intersect, shift, strides
 from copus_ext.core.transfer import Holding
 
-_MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+_COVERED = ("adam", "sgd", "muon", "lion")
 _UNCOVERED = {
     "use_megatron_fsdp": "--use-megatron-fsdp",
     "use_torch_fsdp2": "--use-torch-fsdp2",
@@ -91,16 +91,16 @@ def uncovered(args: argparse.Namespace) -> str | None:
         return f"the state of a job with {flags[0]} cannot be moved between layouts yet"
     if args.cuda_graph_impl != "none":  # graphs name the memory that they were captured with
         return f"a job with --cuda-graph-impl {args.cuda_graph_impl} cannot be moved between layouts yet"
-    if args.optimizer not in _MOMENTS:
+    if args.optimizer not in _COVERED:
         return f"the state of --optimizer {args.optimizer} cannot be moved between layouts yet"
+    # Validation puts the second in place of the first where upstream gives whole matrices to ranks, not even shares.
+    distributed = args.use_distributed_optimizer or getattr(args, "use_layer_wise_distributed_optimizer", False)
+    if distributed and args.optimizer not in ("adam", "sgd"):
+        return (
+            f"the state of --optimizer {args.optimizer} with --use-distributed-optimizer "
+            "cannot be moved between layouts yet"
+        )
     return None
-
-
-def moment_names(args: argparse.Namespace) -> tuple[str, ...]:
-    """The optimizer's tensors per parameter, by upstream's names."""
-    if args.optimizer == "sgd" and not args.sgd_momentum:
-        return ()
-    return _MOMENTS[args.optimizer]
 
 
 def job_state(job: Job, *, with_moments: bool) -> JobState:
@@ -113,9 +113,9 @@ def job_state(job: Job, *, with_moments: bool) -> JobState:
     Raises:
         UnsupportedReshard: a tensor that cannot be placed in logical coordinates.
     """
-    names = moment_names(job.args) if with_moments else ()
     # The job's own group: without it, upstream asks parallel_state, where another layout may be active.
-    return state_of(placed_tensors(job.model, job.groups.dp_cp), _shards(job.optimizer), names)
+    placed = placed_tensors(job.model, job.groups.dp_cp)
+    return state_of(placed, shards_of(job.optimizer), with_moments=with_moments)
 
 
 def placed_tensors(model: Sequence[Any], dp_cp: Any) -> list[PlacedTensor]:
@@ -136,13 +136,13 @@ def placed_tensors(model: Sequence[Any], dp_cp: Any) -> list[PlacedTensor]:
     return list(placed.values())
 
 
-def state_of(placed: Iterable[PlacedTensor], shards: Mapping[int, Shard], names: tuple[str, ...]) -> JobState:
+def state_of(placed: Iterable[PlacedTensor], shards: Mapping[int, Shard], *, with_moments: bool) -> JobState:
     """Pieces of a rank that has these tensors of the model.
 
     Args:
         placed: in the order in which Megatron names them.
         shards: what the optimizer keeps on that rank, by ``id`` of the tensor.
-        names: the optimizer's tensors per parameter; none where no step was made yet.
+        with_moments: as for ``job_state``.
     """
     state = JobState()
     for tensor, boxes in placed:
@@ -150,9 +150,21 @@ def state_of(placed: Iterable[PlacedTensor], shards: Mapping[int, Shard], names:
         weight = _weight(tensor, shard)
         if weight is not None:
             state.add("weight", weight, boxes)
-        if shard is not None and names:
-            state.add("moments", Piece(tuple(tensor.shape), shard.first, _moments(shard, names)), boxes)
+        if with_moments and shard is not None and shard.moments:
+            state.add("moments", Piece(tuple(tensor.shape), shard.first, _moments(shard)), boxes)
     return state
+
+
+def shards_of(optimizer: Any) -> dict[int, Shard]:
+    """What this rank's part of ``optimizer`` keeps, by ``id`` of the model's parameter.
+
+    Raises:
+        UnsupportedReshard: an optimizer that this code does not know.
+    """
+    try:
+        return optimizer_shards(optimizer)
+    except UnknownOptimizer as error:
+        raise UnsupportedReshard(f"{error}, and cannot be moved between layouts yet") from error
 
 
 def _entries(model: Sequence[Any], dp_cp: Any) -> Iterator[Any]:
@@ -197,13 +209,6 @@ def _local_box(entry: ShardedTensor, start: tuple[int, ...]) -> LocalBox:
     return LocalBox(f"{entry.key}{place}", Box(tuple(entry.global_offset[prepended:]), tuple(entry.data.shape)), start)
 
 
-def _shards(optimizer: Any) -> dict[int, Shard]:
-    try:
-        return optimizer_shards(optimizer)
-    except UnknownOptimizer as error:
-        raise UnsupportedReshard(f"{error}, and cannot be moved between layouts yet") from error
-
-
 def _weight(tensor: torch.Tensor, shard: Shard | None) -> Piece | None:
     """Of a parameter or buffer, what has to be moved; None where the main parameter is on other ranks altogether."""
     if shard is not None and shard.main.dtype != tensor.dtype:
@@ -214,13 +219,13 @@ def _weight(tensor: torch.Tensor, shard: Shard | None) -> Piece | None:
     return Piece(tuple(tensor.shape), 0, (_flat(tensor),))
 
 
-def _moments(shard: Shard, names: tuple[str, ...]) -> tuple[torch.Tensor, ...]:
+def _moments(shard: Shard) -> tuple[torch.Tensor, ...]:
     """The optimizer's tensors, made (not filled) where they are not there."""
     kept = shard.optimizer.state[shard.main]
-    for name in names:
+    for name in shard.moments:
         if kept.get(name) is None:
             kept[name] = torch.empty_like(shard.main, memory_format=torch.contiguous_format, requires_grad=False)
-    return tuple(_flat(kept[name]) for name in names)
+    return tuple(_flat(kept[name]) for name in shard.moments)
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,17 +1,22 @@
-"""A pipeline stage of the model as upstream builds it, with the shapes of its parameters and no memory for them."""
+"""A pipeline stage of the model as upstream builds it, with the shapes of its parameters and no memory for them.
+
+And the optimizer that upstream builds for it.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.models import dist_utils
+from megatron.training.training import get_megatron_optimizer_config
 from torch.overrides import TorchFunctionMode
 
 from copus_ext.adapters.replaced import replaced
@@ -26,9 +31,14 @@ class Chunk:
     ``layouts`` are upstream's, by buffer; none where the optimizer is not distributed.
     """
 
-    def __init__(self, *, module: Any, full_param_layout: Any = None, **_: Any) -> None:
+    def __init__(self, *, module: Any, ddp_config: Any, full_param_layout: Any = None, **_: Any) -> None:
         self.module = module
+        self.config, self.ddp_config = module.config, ddp_config
         self.layouts: dict[Any, Any] = full_param_layout.layouts if full_param_layout else {}
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """By the names that they have in DDP."""
+        yield from self.module.named_parameters(prefix="module")
 
 
 def build_on_meta(args: argparse.Namespace, groups: ProcessGroupCollection) -> list[Chunk]:
@@ -58,6 +68,27 @@ def build_on_meta(args: argparse.Namespace, groups: ProcessGroupCollection) -> l
             overlap_param_gather_with_optimizer_step=container.optimizer.overlap_param_gather_with_optimizer_step,
         )
     return chunks
+
+
+def optimizer_on_meta(chunks: list[Chunk], args: argparse.Namespace, groups: ProcessGroupCollection) -> Any:
+    """The optimizer by upstream's builder, for the parameters as they are: no fp32 copies, and nothing sharded.
+
+    Args:
+        chunks: from ``build_on_meta``.
+        args: upstream's validated arguments.
+        groups: whose place is taken.
+    """
+    in_fp32 = dict.fromkeys(("bf16", "fp16", "use_distributed_optimizer"), False)
+    config, overrides = get_megatron_optimizer_config(argparse.Namespace(**{**vars(args), **in_fp32}))
+    # What other ranks would say only adds groups without parameters.
+    with replaced(torch.distributed, all_gather_object=_hear_oneself):
+        return get_megatron_optimizer(
+            config, chunks, config_overrides=overrides, use_gloo_process_groups=False, pg_collection=groups
+        )
+
+
+def _hear_oneself(heard: list[Any], said: Any, group: Any = None) -> None:
+    heard[:] = [said] * len(heard)
 
 
 def _say_where(transformer: Any, *, on_meta: bool) -> None:

@@ -22,9 +22,9 @@ from copus_ext.adapters.carry import carry_grad_scaler, optimizer_step, set_opti
 from copus_ext.adapters.checksum import Checksums
 from copus_ext.adapters.job import Job
 from copus_ext.adapters.job_memory import JobMemory, Side
-from copus_ext.adapters.job_state import UnsupportedReshard, moment_names, uncovered
+from copus_ext.adapters.job_state import UnsupportedReshard, uncovered
 from copus_ext.adapters.move import Ledger, Move, MoveFailed
-from copus_ext.adapters.optimizer_shards import inner_optimizers
+from copus_ext.adapters.optimizer_shards import MOST_MOMENTS, inner_optimizers
 from copus_ext.adapters.phases import Phases
 from copus_ext.adapters.staging import has_to_be_staged
 from copus_ext.core.plan import Layout
@@ -135,7 +135,7 @@ def plan_reshard(old: Job, new: Job, plans: PlanCache) -> None:
 def _refuse_uncovered(old: Job, new: Job) -> None:
     """By arguments, which are the same on every rank."""
     reason = uncovered(old.args) or uncovered(new.args)
-    for name in ("bf16", "fp16", "optimizer", "padded_vocab_size"):
+    for name in ("bf16", "fp16", "optimizer", "muon_scalar_optimizer", "padded_vocab_size"):
         before, after = getattr(old.args, name), getattr(new.args, name)
         if before != after:
             reason = reason or f"{name} is {before} in the old job and {after} in the new one"
@@ -153,8 +153,7 @@ def _planned(
         before, after = (_held_by_all(job, with_moments, plans) for job in (old, new))
         if key not in plans.moves:
             plan = plan_transfer(before, after, ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-            together = max(1, len(moment_names(new.args)))
-            checksums = Checksums(plan.keys, after, together, _device(old))
+            checksums = Checksums(plan.keys, after, MOST_MOMENTS, _device(old))
             plans.keep(key, (stream(plan, before, after, chunk_bytes), checksums))
     except (UnsupportedReshard, TransferError) as error:
         failure = str(error)

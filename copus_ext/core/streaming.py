@@ -87,28 +87,40 @@ def stream(plan: TransferPlan, old: Holdings, new: Holdings, limit_bytes: int | 
 
 
 def rounds(transfers: Iterable[Transfer], limit_bytes: int) -> Iterator[list[Transfer]]:
-    """Cut transfers into rounds in which no rank handles more than ``limit_bytes``.
+    """Cut transfers into rounds in which no rank handles more than ``limit_bytes``, and as many as can do something.
 
-    A transfer larger than that is split, down to single elements. Order is kept: rounds are the same on every rank.
+    A transfer larger than that is split, down to single elements. A rank's transfers stay in order, except that what
+    waits for another rank is overtaken.
     """
-    current: list[Transfer] = []
-    used: defaultdict[int, int] = defaultdict(int)
-    waiting = list(transfers)[::-1]
+    waiting = [part for transfer in transfers for part in _parts(transfer, limit_bytes)]
+    ranks = {rank for transfer in waiting for rank in (transfer.source, transfer.target)}
     while waiting:
-        transfer = waiting.pop()
-        size = transfer.nbytes
-        if size > limit_bytes and transfer.taken.box.volume > 1:
-            waiting.extend(reversed(transfer.halves()))
-            continue
-        ends = {transfer.source, transfer.target}
-        if current and max(used[rank] for rank in ends) + size > limit_bytes:
-            yield current
-            current, used = [], defaultdict(int)
-        current.append(transfer)
-        for rank in ends:
-            used[rank] += size
-    if current:
+        current: list[Transfer] = []
+        later: list[Transfer] = []
+        used: defaultdict[int, int] = defaultdict(int)
+        full: set[int] = set()
+        for number, transfer in enumerate(waiting):
+            ends = {transfer.source, transfer.target}
+            full |= {rank for rank in ends if used[rank] and used[rank] + transfer.nbytes > limit_bytes}
+            if full >= ranks:
+                later += waiting[number:]
+                break
+            if ends & full:
+                later.append(transfer)
+                continue
+            current.append(transfer)
+            for rank in ends:
+                used[rank] += transfer.nbytes
         yield current
+        waiting = later
+
+
+def _parts(transfer: Transfer, limit_bytes: int) -> Iterator[Transfer]:
+    if transfer.nbytes <= limit_bytes or transfer.taken.box.volume == 1:
+        yield transfer
+        return
+    for half in transfer.halves():
+        yield from _parts(half, limit_bytes)
 
 
 def _default_limit(old: Holdings, new: Holdings) -> int:

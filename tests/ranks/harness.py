@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import logging
 import multiprocessing
@@ -14,8 +15,20 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.ranks.preload"])
+
+
+def skip_without_packages(flags: str) -> None:
+    """Skip a test of a job with these flags where a package is missing that upstream wants for one of them."""
+    if any(f"--optimizer {name}" in flags for name in ("muon", "lion")) and not _is_there("emerging_optimizers"):
+        pytest.skip("emerging-optimizers is not installed")
+
+
+def _is_there(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 180.0) -> list[Any]:

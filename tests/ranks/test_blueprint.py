@@ -12,7 +12,7 @@ import pytest
 from copus_ext.core.geometry import Box, subtract_all
 from copus_ext.core.plan import Layout, Plan, parse_plan
 from copus_ext.core.transfer import Holding
-from tests.ranks.harness import run_ranks
+from tests.ranks.harness import run_ranks, skip_without_packages
 
 _BASE = Plan(Layout(dp=4), micro_batch=1, global_batch=8)
 _DENSE = "dp4 dp2,tp2 tp4 pp4 tp2,pp2 pp2,vpp2,dp2"
@@ -40,6 +40,8 @@ KINDS = {  # flags, plans
         "ep2,dp4,zero1 ep2,pp2,dp2,zero1 ep4,tp2,dp2,sp,zero1 ep2,tp2,dp2,sp",
     ),
     "fp16-sgd": ("--fp16 --optimizer sgd ", "tp2,pp2 dp4"),
+    "bf16-muon-experts": ("--optimizer muon --bf16 " + _EXPERTS, "dp4 ep4,dp4 ep2,pp2,dp2 tp2,pp2 ep2,tp2,dp2,sp"),
+    "fp32-muon-and-lion": ("--optimizer muon --muon-scalar-optimizer lion " + _GATED, "tp2,dp2 pp2,vpp2,dp2"),
     "fp32-sgd-without-momentum": ("--optimizer sgd --sgd-momentum 0 ", "tp2,pp2"),
 }
 
@@ -116,6 +118,7 @@ def _first(told: list[Holding], real: list[Holding]) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_rank_holds_what_it_was_said_to(kind: str) -> None:
+    skip_without_packages(KINDS[kind][0])
     assert run_ranks(4, _against_jobs, *KINDS[kind]) == [[]] * 4
 
 

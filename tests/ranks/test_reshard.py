@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from copus_ext.core.plan import Layout, Plan, parse_plan
-from tests.ranks.harness import run_ranks
+from tests.ranks.harness import run_ranks, skip_without_packages
 
 _BASE = Plan(Layout(dp=4), micro_batch=1, global_batch=4)
 _GATED = "--swiglu --group-query-attention --num-query-groups 2 --disable-bias-linear "
@@ -18,6 +18,8 @@ _EXPERTS = (
     "--num-experts 4 --moe-router-topk 2 --moe-token-dispatcher-type allgather --disable-bias-linear "
     "--moe-router-load-balancing-type none --moe-router-score-function sigmoid --moe-router-enable-expert-bias "
 )
+# Otherwise Muon's update depends on how matrices are cut, and is computed in bf16.
+_MUON = "--optimizer muon --muon-tp-mode duplicated --muon-fp32-matmul-prec high "
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,9 @@ WALKS = {
     "bf16-experts": Walk(_EXPERTS + "--bf16 ", "dp4 ep2,dp4,zero1 pp2,dp2,ep2 ep4,dp4,zero1 pp4 ep4,dp4 dp4"),
     "fp16": Walk("--fp16 --initial-loss-scale 1024 --loss-scale-window 2 ", "dp4 tp2,pp2,zero1 pp2,dp2 dp4"),
     "fp32-sgd": Walk("--optimizer sgd ", "dp4 tp2,pp2 pp2,dp2 tp4 dp4"),
+    "fp32-muon": Walk(_MUON + _GATED, "dp4 tp2,dp2 pp4 tp2,pp2 pp2,vpp2,dp2 tp4 dp4"),
+    "bf16-muon-experts": Walk(_MUON + _EXPERTS + "--bf16 ", "dp4 ep2,dp4 pp2,dp2,ep2 ep4,dp4 pp4 dp4"),
+    "fp32-lion": Walk("--optimizer lion ", "dp4 tp2,pp2 dp4"),
 }
 
 
@@ -160,6 +165,7 @@ def _equal(left: list[Any], right: list[Any]) -> bool:
 
 @pytest.mark.parametrize("name", WALKS)
 def test_walk_keeps_every_bit(name: str) -> None:
+    skip_without_packages(WALKS[name].flags)
     results = run_ranks(4, _walk, WALKS[name])
     # Half precision rounds at every tensor-parallel cut; the state is bitwise the same all the while.
     tolerance = 1e-5 if "fp32" in name else 1e-3
@@ -218,7 +224,9 @@ def _refusals(module: Any, old: Any, new: Any) -> list[str]:
 
     memory = module.JobMemory
     said = []
-    for changes in ({"bf16": True}, {"padded_vocab_size": 64}, {"optimizer_cpu_offload": True}):
+    layer_wise = {"optimizer": "muon", "use_layer_wise_distributed_optimizer": True}
+    offloaded = {"optimizer_cpu_offload": True}
+    for changes in ({"bf16": True}, {"padded_vocab_size": 64}, offloaded, layer_wise, {"optimizer": "soap"}):
         with mock.patch.multiple(new.args, **changes), pytest.raises(module.UnsupportedReshard) as refusal:
             module.reshard(old, new)
         said.append(str(refusal.value))
@@ -260,7 +268,9 @@ def test_edges_of_a_reshard() -> None:
     for result in results:
         assert result["fresh"]
         assert result["planned"] == [1, 2, 2, 2]
-        assert [said.split()[0] for said in result["refusals"]] == ["bf16", "padded_vocab_size", "the", "rank"]
+        assert [said.split()[0] for said in result["refusals"]] == ["bf16", "padded_vocab_size", *["the"] * 3, "rank"]
+        assert "--optimizer muon with --use-distributed-optimizer" in result["refusals"][3]
+        assert "--optimizer soap" in result["refusals"][4]
         assert "rank 2: a strange tensor" in result["refusals"][-1]
         drawn = result["random"]
         assert drawn["restored"] == drawn["same layout"] == drawn["first"] != drawn["next"]

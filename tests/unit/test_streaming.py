@@ -28,6 +28,14 @@ def equal(left: Arrays, right: Arrays) -> bool:
     return all(np.array_equal(a, b) for p, q in zip(left, right, strict=True) for a, b in zip(p, q, strict=True))
 
 
+def test_ranks_that_have_nothing_to_do_with_each_other_move_at_once() -> None:
+    """Stages of a pipeline exchange layers in pairs: the tensors of one pair all come first, by number."""
+    old, new = layers([0] * 4 + [1] * 4 + [2] * 4 + [3] * 4), layers([1] * 4 + [0] * 4 + [3] * 4 + [2] * 4)
+    moving = stream(plan_transfer(old, new), old, new, 800)
+    assert len(moving.rounds) == 4
+    assert all({t.source for t in this.transfers} == {0, 1, 2, 3} for this in moving.rounds)
+
+
 @pytest.mark.parametrize("limit", [1, 50, 200, 10**9])
 def test_rounds_keep_order_and_limit(limit: int) -> None:
     _, _, plan = random_plan(3)

@@ -28,7 +28,7 @@ from copus_ext.adapters.optimizer_shards import MOST_MOMENTS, inner_optimizers
 from copus_ext.adapters.phases import Phases
 from copus_ext.adapters.staging import has_to_be_staged
 from copus_ext.core.plan import Layout
-from copus_ext.core.streaming import Stream, stream
+from copus_ext.core.streaming import Stream, default_limit, stream
 from copus_ext.core.transfer import Holding, TransferError, plan_transfer
 
 __all__ = ["MoveFailed", "PlanCache", "ReshardReport", "UnsupportedReshard", "plan_reshard", "reshard"]
@@ -154,13 +154,26 @@ def _planned(
         if key not in plans.moves:
             plan = plan_transfer(before, after, ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
             checksums = Checksums(plan.keys, after, MOST_MOMENTS, _device(old))
-            plans.keep(key, (stream(plan, before, after, chunk_bytes), checksums))
+            chunk = chunk_bytes or default_limit(before, after) // _share_of_slack(old, new)
+            plans.keep(key, (stream(plan, before, after, chunk), checksums))
     except (UnsupportedReshard, TransferError) as error:
         failure = str(error)
     except Exception as error:  # the other ranks must hear of anything, or they wait forever
         failure = f"{type(error).__name__}: {error}"
     _refuse_together(failure, old)
     return plans.moves[key]
+
+
+def _share_of_slack(old: Job, new: Job) -> int:
+    """Into how many parts what gradients leave free has to be cut: rounds must not take all of it where weights do.
+
+    In fp32 a distributed optimizer's weights lie in one buffer, which goes with the last of them and comes with the
+    first.
+    """
+    in_one_buffer = any(
+        job.args.use_distributed_optimizer and not (job.args.bf16 or job.args.fp16) for job in (old, new)
+    )
+    return 4 if in_one_buffer else 1
 
 
 def _held_by_all(job: Job, with_moments: bool, plans: PlanCache) -> list[list[Holding]]:

@@ -69,7 +69,7 @@ def stream(plan: TransferPlan, old: Holdings, new: Holdings, limit_bytes: int | 
             where it is not given.
     """
     if limit_bytes is None:
-        limit_bytes = _default_limit(old, new)
+        limit_bytes = default_limit(old, new)
     place = {name: number for number, name in enumerate(_order(old, new))}
     ordered = sorted(plan.transfers, key=lambda t: place[_tensor(t.given.key)])
     batches = list(rounds(ordered, limit_bytes))
@@ -123,7 +123,7 @@ def _parts(transfer: Transfer, limit_bytes: int) -> Iterator[Transfer]:
         yield from _parts(half, limit_bytes)
 
 
-def _default_limit(old: Holdings, new: Holdings) -> int:
+def default_limit(old: Holdings, new: Holdings) -> int:
     """So small that a round, and the memory to pack it, fits where gradients were; so large that rounds are few."""
     held = (max(sum(_piece_bytes(side[rank]).values()) for side in (old, new)) for rank in range(len(old)))
     return max(_LEAST_LIMIT, min(_LIMIT, min(filter(None, held), default=0) // 4))

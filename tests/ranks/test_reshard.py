@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -179,6 +180,45 @@ def test_walk_keeps_every_bit(name: str) -> None:
         assert result["returned"] == result["uninterrupted"]
         assert len(result["rates"]) == 1
         assert result["scales"] == [4096.0 if name == "fp16" else 1.0] * 2
+
+
+def _every_pair(world: int, flags: str, words: str) -> tuple[int, list[str]]:
+    """How many ordered pairs of layouts there are, and those between which something was lost."""
+    from copus_ext.adapters.reshard import PlanCache
+    from tests.ranks.gathering import full_state, full_weights, same
+    from tests.ranks.steps import train_steps
+
+    base = Plan(Layout(dp=world), micro_batch=1, global_batch=8)
+    plans = [parse_plan(one, base) for one in words.split()]
+    raw, layouts = _start(flags, plans[0])
+    job = _seeded(layouts, raw, plans[0])
+    train_steps(job, layouts, 1)
+    state, weights = full_state(job), full_weights(job)
+    left: dict[Layout, Any] = {}
+    cache, pairs, differing = PlanCache(), 0, []
+    for old, new in itertools.permutations(plans, 2):
+        for plan in (old, new):
+            if plan.layout != job.plan.layout:
+                left[job.plan.layout] = job
+                job, report = _moved(job, plan, raw, layouts, left, plans=cache)
+        pairs += 1
+        kept = same(full_state(job), state) and same(full_weights(job), weights)
+        if not kept or report.bytes_moved != report.bytes_minimum:
+            differing.append(f"{old.layout} to {new.layout}")
+    return pairs, differing
+
+
+@pytest.mark.parametrize(
+    ("world", "flags", "words"),
+    [
+        (4, "--bf16 ", "dp4,zero1 tp4 pp4 tp2,pp2 pp2,vpp2,dp2,zero1"),
+        (8, "", "dp8,zero1 tp2,pp2,dp2 pp4,dp2 tp8"),
+    ],
+)
+def test_every_pair_of_layouts(world: int, flags: str, words: str) -> None:
+    for pairs, differing in run_ranks(world, _every_pair, world, flags, words):
+        assert pairs == len(words.split()) * (len(words.split()) - 1)
+        assert not differing
 
 
 def _edges() -> dict[str, Any]:

@@ -68,6 +68,11 @@ class Storages:
             self._sizes[number] = max(self._sizes.get(number, 0), storage.nbytes() or _extent(tensor))
 
     @property
+    def numbers(self) -> set[int]:
+        """Of all, as the other methods take and give them."""
+        return set(self._storages)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all when filled."""
         return sum(self._sizes.values())

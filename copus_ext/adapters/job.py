@@ -102,6 +102,8 @@ def build_job(
         model_config.transformer.output_layer_init_method = _leave_as_is
         model_config.transformer.embedding_init_method = _leave_as_is
     container = pretrain_cfg_container_from_args(args, model_config)
+    if not initialise_weights:
+        container.rng.data_parallel_random_init = False  # upstream would broadcast weights that are not there
     with contextlib.nullcontext() if initialise_weights else _hollow(model_config):
         model, optimizer, scheduler = setup_model_and_optimizer(
             ModelType.encoder_or_decoder, cfg_container=container, pg_collection=groups, checkpointing_context={}

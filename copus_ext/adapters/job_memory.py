@@ -41,6 +41,11 @@ class JobMemory:
         self.derived = [number for number in self.kept.sizes(_kept(job)) if number not in in_pieces]
 
     @property
+    def is_current(self) -> bool:
+        """The job still keeps its state in the same memory: nothing was loaded into it that brought its own."""
+        return {tensor.untyped_storage()._cdata for tensor in _kept(self._job)} == self.kept.numbers
+
+    @property
     def device(self) -> torch.device:
         """Where the state lies."""
         return next(self._job.model[0].parameters()).device

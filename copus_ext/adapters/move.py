@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -89,10 +89,10 @@ class Move:
 
     @contextlib.contextmanager
     def _heard_of(self) -> Iterator[None]:
-        """Memory that runs out in the block is told to the others when ranks agree, or they would wait for this one."""
+        """What fails in the block is told to the others when ranks agree, or they would wait for this one."""
         try:
             yield
-        except RuntimeError as error:  # CUDA's out of memory is one
+        except Exception as error:  # whatever it is
             self._failure = self._failure or f"rank {self._rank}: {str(error).splitlines()[0]}"
 
     def _begin(self) -> None:
@@ -134,7 +134,7 @@ class Move:
             self._ledger.add(-self._old.memory.kept.empty(self._freed[number]))
 
     def _undo(self, ready: int) -> None:
-        """Bring back what was released, from wherever it is by now."""
+        """Bring back what was released, from wherever it is by now; a stream too, for memory may have run out."""
         if self._staged:
             self._new.memory.empty()
             self._old.unstage()
@@ -142,10 +142,22 @@ class Move:
         lost, held = self._stream.lost_after(ready), self._stream.held_after(ready)
         back = stream(plan_transfer(held, lost, partial=True), held, lost, self._stream.limit_bytes)
         first = 1 + max((h.piece for h in self._stream.old[self._rank]), default=-1)
+        there, kept = self._new.memory, self._new.memory.kept
+        there.gradients.empty()
+        kept.empty(kept.numbers - set(self._new.of(_from(first, (h.piece for h in held[self._rank])))))
+        released = (by_rank[self._rank] for by_rank in (back.unread, *(this.released for this in back.rounds)))
+        unread, *freed = self._new.freed_with(_from(first, pieces) for pieces in released)
+        kept.empty(unread)
         sources = [*self._old.pieces[:first], *self._new.pieces]
-        self._old.memory.kept.fill(self._old.of(h.piece for h in lost[self._rank]))
-        for this in back.rounds:
+        for this, then_free in zip(back.rounds, freed, strict=True):
             exchange = Exchange(this.transfers, sources, self._old.pieces)
+            self._old.memory.kept.fill(self._old.of(h.piece for h in exchange.given))
             exchange.prepare(self._scratch)
             exchange.run()
-        self._new.memory.empty()
+            kept.empty(then_free)
+        there.empty()
+
+
+def _from(first: int, pieces: Iterable[int]) -> list[int]:
+    """Numbers of new pieces among those of both sides, where new ones begin at ``first``."""
+    return [piece - first for piece in pieces if piece >= first]

@@ -119,6 +119,9 @@ def reshard(
         before.empty()
         if step >= 0:
             set_optimizer_step(new, step)
+        else:  # a job that was used before may have moments
+            for wrapper in inner_optimizers(new.optimizer):
+                wrapper.optimizer.state.clear()
         carry_grad_scaler(old, new)
         _derive_weights(new)
     size = max(before.nbytes, after.nbytes)
@@ -178,7 +181,7 @@ def _share_of_slack(old: Job, new: Job) -> int:
 
 def _held_by_all(job: Job, with_moments: bool, plans: PlanCache) -> list[list[Holding]]:
     """By rank, what the job's layout holds; and this rank's memory, if it was not looked at before."""
-    if with_moments not in job.memory:
+    if with_moments not in job.memory or not job.memory[with_moments].is_current:
         job.memory[with_moments] = JobMemory(job, with_moments=with_moments)
     key = (job.plan.layout, with_moments)
     if key not in plans.holdings:

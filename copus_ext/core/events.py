@@ -31,6 +31,7 @@ EVENTS = (
     "switch_check",
     "checkpoint",
     "eval",
+    "prepare",
     "fault",
     "run_end",
 )

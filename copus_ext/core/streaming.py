@@ -89,23 +89,23 @@ def stream(plan: TransferPlan, old: Holdings, new: Holdings, limit_bytes: int | 
 def rounds(transfers: Iterable[Transfer], limit_bytes: int) -> Iterator[list[Transfer]]:
     """Cut transfers into rounds in which no rank handles more than ``limit_bytes``, and as many as can do something.
 
-    A transfer larger than that is split, down to single elements. A rank's transfers stay in order, except that what
-    waits for another rank is overtaken.
+    A transfer larger than that is split, down to single elements. Every rank's transfers stay in order, and so what it
+    holds in between; it is overtaken by ranks that have nothing to do with it.
     """
     waiting = [part for transfer in transfers for part in _parts(transfer, limit_bytes)]
-    ranks = {rank for transfer in waiting for rank in (transfer.source, transfer.target)}
     while waiting:
+        ranks = {rank for transfer in waiting for rank in (transfer.source, transfer.target)}
         current: list[Transfer] = []
         later: list[Transfer] = []
         used: defaultdict[int, int] = defaultdict(int)
         full: set[int] = set()
         for number, transfer in enumerate(waiting):
             ends = {transfer.source, transfer.target}
-            full |= {rank for rank in ends if used[rank] and used[rank] + transfer.nbytes > limit_bytes}
-            if full >= ranks:
-                later += waiting[number:]
-                break
-            if ends & full:
+            if ends & full or any(used[rank] and used[rank] + transfer.nbytes > limit_bytes for rank in ends):
+                full |= ends  # for both, or what comes later would be there before this
+                if full >= ranks:
+                    later += waiting[number:]
+                    break
                 later.append(transfer)
                 continue
             current.append(transfer)

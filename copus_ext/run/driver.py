@@ -38,6 +38,8 @@ from copus_ext.run.switch import Switcher, SwitchFailed
 from copus_ext.run.telemetry import Telemetry, quiet
 from megatron.patches.training_hooks import observing
 
+_NOTICED_S = 0.01  # what is ready already takes less, and is no event
+
 
 class Driver:
     """One run on this rank. Building and running it is collective over all ranks."""
@@ -243,9 +245,12 @@ class Driver:
 
     def _prepare(self, plan: Plan) -> None:
         """Have a switch to ``plan`` ready; where that fails, the switch itself has to do all of it."""
+        start = time.perf_counter()
         try:
             with quiet():
                 self.switcher.prepare(self.job, plan, self._overrides(plan))
+            if (seconds := time.perf_counter() - start) > _NOTICED_S:
+                self.telemetry.event("prepare", plan=str(plan), seconds=seconds)
         except SwitchFailed as fault:
             self.telemetry.event("fault", kind="prepare", message=str(fault), plan=str(plan))
 

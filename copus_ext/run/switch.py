@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,7 +127,11 @@ class Switcher:
         Raises:
             SwitchFailed: it can't be made on some rank.
         """
-        if plan.layout in (job.plan.layout, *self._hollow, *self._not_ahead):
+        if plan.layout in (job.plan.layout, *self._not_ahead):
+            return
+        if plan.layout in self._hollow:
+            with _return_if_it_fails(job, self._layouts, RngState.capture()):
+                plan_reshard(job, self._hollow[plan.layout], self.plans)
             return
         self._not_ahead.add(plan.layout)  # memory may be too short now, and not when the old job's gradients are gone
         args, rng = self._arguments(job, plan, overrides), RngState.capture()
@@ -141,6 +146,7 @@ class Switcher:
     def _arguments(self, job: Job, plan: Plan, overrides: dict[str, Any]) -> argparse.Namespace:
         args = _agreed(lambda _: arguments_for(self._raw, plan, **overrides), f"the arguments of {plan}")
         carry_progress(job.args, args)
+        args.train_iters = job.args.train_iters  # upstream works it out when it builds a scheduler, which may be kept
         return args
 
     def _in_charge(self, plan: Plan, args: argparse.Namespace) -> Job:
@@ -168,9 +174,17 @@ def _return_if_it_fails(job: Job, layouts: LayoutGroups, rng: RngState) -> Itera
     except (SwitchFailed, UnsupportedReshard, MoveFailed) as error:
         put_in_charge(job, layouts)
         rng.restore()
+        _forget_frames(error)
         gc.collect()
         gradients(job).fill()
         raise SwitchFailed(str(error)) from error
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """What was half built when it failed lives on in the frames of the traceback, where memory is wanted back."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _built(plan: Plan, args: argparse.Namespace, layouts: LayoutGroups, vote: Callable[[], None]) -> Job:
@@ -194,7 +208,6 @@ def _change_batch(job: Job, plan: Plan, args: argparse.Namespace) -> None:
     scheduler = job.scheduler
     scheduler.init_lr, scheduler.max_lr, scheduler.min_lr = args.lr_warmup_init, args.lr, args.min_lr
     scheduler.step(0)
-    args.train_iters = job.args.train_iters  # upstream works it out when it builds a scheduler, which is kept here
     job.plan, job.args = plan, args
     set_args(args)
     set_micro_batches(args)
@@ -250,7 +263,7 @@ def _agreed[Result](step: Callable[[Callable[[], None]], Result], what: str) -> 
         vote()
     except _PeerFailed as failure:
         raise SwitchFailed(f"{what}: {failure}") from None
-    except (AssertionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever it is: the others wait for this rank
         failure_here = _first_failure(f"rank {dist.get_rank()}: {first_line(error)}")
         raise SwitchFailed(f"{what}: {failure_here}") from error
     return result

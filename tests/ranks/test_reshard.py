@@ -332,8 +332,8 @@ def _faults(flags: str, words: str, staged: bool) -> list[tuple[str, bool, bool]
     job = _seeded(layouts, raw, plans[0])
     train_steps(job, layouts, 2)
     before, seen = _on_this_rank(job), []
-    for fault in (_no_memory, _damage):
-        for at in (0, 1, 4):
+    for fault, rounds in ((_no_memory, (0, 1, 4)), (_damage, (0, 1, 4)), (_no_memory_behind, (0,))):
+        for at in rounds:
             new = build(layouts, raw, plans[1], initialise_weights=False)
             with fault(at), pytest.raises(MoveFailed) as failure:
                 _moved(job, plans[1], raw, layouts, {plans[1].layout: new}, chunk_bytes=100_000, staged=staged)
@@ -365,6 +365,24 @@ def _no_memory(at: int) -> Any:
 
     prepare = Exchange.prepare
     return mock.patch.object(Exchange, "prepare", failing)
+
+
+def _no_memory_behind(_: int) -> Any:
+    """Rank 2 has no memory for what comes behind the last round, when next to nothing is left of the old job."""
+    import torch.distributed as dist
+
+    from copus_ext.adapters.job_memory import JobMemory
+
+    calls: list[int] = []
+
+    def failing(self: Any) -> int:
+        calls.append(1)
+        if dist.get_rank() == 2 and len(calls) == 1:
+            raise RuntimeError("out of memory")
+        return int(fill(self))
+
+    fill = JobMemory.fill
+    return mock.patch.object(JobMemory, "fill", failing)
 
 
 def _damage(at: int) -> Any:
@@ -405,6 +423,7 @@ def test_a_fault_brings_everything_back(flags: str, words: str, staged: bool) ->
             assert hollow, said
         assert [said for said, *_ in seen[:3]] == ["rank 2: out of memory"] * 3
         assert all("checksums differ" in said for said, *_ in seen[3:6])
+        assert seen[6][0] == "rank 2: out of memory"
 
 
 def _census(flags: str) -> list[int]:

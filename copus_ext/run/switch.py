@@ -99,13 +99,13 @@ class Switcher:
         with phases("prepare"):
             args = self._arguments(job, plan, overrides)
             if plan.layout == job.plan.layout:
-                _change_batch(job, plan, args)
+                _change_batch(job, plan, args, job.args)
                 return job, report
             rng = RngState.capture()
         with _return_if_it_fails(job, self._layouts, rng):
             with phases("prepare"):
                 gradients(job).empty()  # what is built next may take their place
-                new = self._in_charge(plan, args)
+                new = self._in_charge(plan, args, job.args)
             moved = reshard(job, new, plans=self.plans)
         for phase, seconds in moved.seconds.items():
             phases.seconds[phase] = phases.seconds.get(phase, 0.0) + seconds
@@ -136,7 +136,7 @@ class Switcher:
         self._not_ahead.add(plan.layout)  # memory may be too short now, and not when the old job's gradients are gone
         args, rng = self._arguments(job, plan, overrides), RngState.capture()
         with _return_if_it_fails(job, self._layouts, rng):
-            new = self._in_charge(plan, args)
+            new = self._in_charge(plan, args, job.args)
             plan_reshard(job, new, self.plans)
         self._not_ahead.discard(plan.layout)
         self._keep(new)
@@ -146,16 +146,15 @@ class Switcher:
     def _arguments(self, job: Job, plan: Plan, overrides: dict[str, Any]) -> argparse.Namespace:
         args = _agreed(lambda _: arguments_for(self._raw, plan, **overrides), f"the arguments of {plan}")
         carry_progress(job.args, args)
-        args.train_iters = job.args.train_iters  # upstream works it out when it builds a scheduler, which may be kept
         return args
 
-    def _in_charge(self, plan: Plan, args: argparse.Namespace) -> Job:
-        """A hollow job for ``plan``, in charge."""
+    def _in_charge(self, plan: Plan, args: argparse.Namespace, running: argparse.Namespace) -> Job:
+        """A hollow job for ``plan``, in charge; ``running``: the arguments of the job that trains now."""
         kept = self._hollow.get(plan.layout)
         if kept is None:
             return _agreed(lambda vote: _built(plan, args, self._layouts, vote), f"the job of {plan}")
         self._layouts.activate(plan.layout, args)
-        _change_batch(kept, plan, args)
+        _change_batch(kept, plan, args, running)
         return kept
 
     def _keep(self, job: Job) -> None:
@@ -200,8 +199,10 @@ def _built(plan: Plan, args: argparse.Namespace, layouts: LayoutGroups, vote: Ca
     return new
 
 
-def _change_batch(job: Job, plan: Plan, args: argparse.Namespace) -> None:
+def _change_batch(job: Job, plan: Plan, args: argparse.Namespace, running: argparse.Namespace) -> None:
     """Other batch sizes, or another time, on the same layout: nothing is built, only what counts batches is told."""
+    # Upstream works it out when it builds a scheduler, and would build one in steps where it is there before.
+    args.train_iters = running.train_iters
     for group in job.optimizer.param_groups:
         group["max_lr"] = _rate_under(args, job.args, group["max_lr"], "lr", "decoupled_lr")
         group["min_lr"] = _rate_under(args, job.args, group["min_lr"], "min_lr", "decoupled_min_lr")

@@ -43,6 +43,7 @@ def _prepared() -> dict[str, Any]:
     from tests.ranks.steps import train_steps
 
     switcher, layouts, job = _started("--hidden-dropout 0.1 ")
+    job.args.train_iters = 5  # as a run sets it, to end a segment there
     snapshot = Snapshot.take(job)
     undisturbed = train_steps(job, layouts, 1, first_sample=16)
     snapshot.restore(job)
@@ -51,9 +52,13 @@ def _prepared() -> dict[str, Any]:
         switcher.prepare(job, _plan("tp2,pp2"), _OVERRIDES)
         in_charge = get_args() is job.args and RngState.capture().places == before.places
         disturbed = train_steps(job, layouts, 1, first_sample=16)
+        rates = [_rates(job)]
         job, first = switcher.switch(job, _plan("tp2,pp2"), _OVERRIDES)
+        rates.append(_rates(job))
         job, second = switcher.switch(job, _plan("dp4,gbs16"), _OVERRIDES)
+        rates.append(_rates(job))
         job, third = switcher.switch(job, _plan("tp2,pp2,mbs2"), _OVERRIDES)
+        rates.append(_rates(job))
         job, batch = switcher.switch(job, _plan("tp2,pp2,mbs1,gbs16"), _OVERRIDES)
         times_built = built.call_count
     return {
@@ -61,11 +66,17 @@ def _prepared() -> dict[str, Any]:
         "disturbed": disturbed,
         "in charge": in_charge,
         "built": times_built,
+        "rates": rates,
         "exact": [report.exact for report in (first, second, third)],
         "phases": sorted(batch.seconds),
         "plans": (job.plan, get_args().global_batch_size, get_args().micro_batch_size),
         "losses": train_steps(job, layouts, 1, first_sample=24),
     }
+
+
+def _rates(job: Any) -> tuple[float, ...]:
+    """Learning rates of the next step, with their bounds."""
+    return tuple(sorted({group[name] for group in job.optimizer.param_groups for name in ("lr", "max_lr", "min_lr")}))
 
 
 def test_what_is_made_ready_is_not_noticed_and_not_made_again() -> None:
@@ -75,6 +86,8 @@ def test_what_is_made_ready_is_not_noticed_and_not_made_again() -> None:
         assert result["disturbed"] == result["undisturbed"], "dropout masks included"
         assert result["built"] == 1, "tp2,pp2 ahead of the first switch; nothing else, though four switches followed"
         assert all(result["exact"])
+        assert len(result["rates"]) == 4
+        assert len(set(result["rates"])) == 1, "the schedule of the learning rate goes on, in new jobs and in kept ones"
         assert result["phases"] == ["prepare"]
         assert result["plans"] == (_plan("tp2,pp2,mbs1,gbs16"), 16, 1)
         assert result["losses"] == results[0]["losses"]

@@ -25,10 +25,22 @@ def added_up(numbers: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def largest(number: int, device: torch.device) -> int:
+def largest(number: int) -> int:
     """Of what all ranks give. Collective."""
-    mine = torch.tensor([number], dtype=torch.int64, device=device)
+    mine = torch.tensor([number], dtype=torch.int64, device=torch.cuda.current_device())
     if dist.get_world_size() <= _FEW:
         return int(of_all_ranks(mine).max())
     dist.all_reduce(mine, op=dist.ReduceOp.MAX)
     return int(mine)
+
+
+def first_failure(mine: str | None) -> str | None:
+    """What the first rank that failed says of it; ``None`` where none did. Collective."""
+    return first_said(mine) if largest(int(mine is not None)) else None
+
+
+def first_said(mine: str | None) -> str:
+    """What the first rank says that has something to say, which one must have. Collective."""
+    said: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, mine)
+    return next(words for words in said if words is not None)

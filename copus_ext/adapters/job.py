@@ -47,10 +47,6 @@ class Job:
                 chunk.enable_forward_pre_hook()
         self._unset_functions()
 
-    def rest(self) -> None:
-        """Take out what ties a job that was left to the step it was left at."""
-        self._unset_functions()
-
     def release(self) -> None:
         """Drop every reference that upstream's globals and hooks keep to the model, so that its memory is freed."""
         for chunk in self.model:

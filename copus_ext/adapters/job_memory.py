@@ -38,7 +38,7 @@ class JobMemory:
         self.kept = Storages(_kept(job))
         self.gradients = gradients(job)
         in_pieces = self.kept.sizes(tensor for piece in self.state.pieces for tensor in piece.tensors)
-        self.derived = [number for number in self.kept.sizes(_kept(job)) if number not in in_pieces]
+        self.derived = self.kept.numbers - in_pieces.keys()
 
     @property
     def is_current(self) -> bool:

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.distributed as dist
 
-from copus_ext.adapters.agreement import added_up
+from copus_ext.adapters.agreement import added_up, first_said
+from copus_ext.adapters.arguments import first_line
 from copus_ext.adapters.checksum import Checksums
 from copus_ext.adapters.exchange import Exchange, Scratch
 from copus_ext.adapters.job_memory import Side
@@ -48,10 +49,9 @@ class Move:
         self._checksums_after = checksums
         self._ledger, self._phases = ledger, phases
         self._staged = staged
-        released = (plan.unread, *(this.released for this in plan.rounds))
-        self._freed = [] if staged else old.freed_with(by_rank[dist.get_rank()] for by_rank in released)
         self._device = old.memory.device
         self._rank = dist.get_rank()
+        self._freed = [] if staged else old.freed_with(plan.released_by(self._rank))
         self._scratch = Scratch(self._device)
         self._sums = checksums.none()
         self._failure: str | None = None  # since the ranks last agreed
@@ -93,7 +93,7 @@ class Move:
         try:
             yield
         except Exception as error:  # whatever it is
-            self._failure = self._failure or f"rank {self._rank}: {str(error).splitlines()[0]}"
+            self._failure = self._failure or f"rank {self._rank}: {first_line(error)}"
 
     def _begin(self) -> None:
         if self._staged:
@@ -119,9 +119,7 @@ class Move:
             if not votes.any():
                 return None
             if votes[-1]:
-                said: list[str | None] = [None] * dist.get_world_size()
-                dist.all_gather_object(said, self._failure)
-                return next(words for words in said if words is not None)
+                return first_said(self._failure)
             return f"checksums differ: {', '.join(self._differing(votes[:-1].view(self._sums.shape))[:3])}"
 
     def _differing(self, sums: torch.Tensor) -> list[str]:
@@ -141,12 +139,11 @@ class Move:
             return
         lost, held = self._stream.lost_after(ready), self._stream.held_after(ready)
         back = stream(plan_transfer(held, lost, partial=True), held, lost, self._stream.limit_bytes)
-        first = 1 + max((h.piece for h in self._stream.old[self._rank]), default=-1)
+        first = self._stream.first_new(self._rank)
         there, kept = self._new.memory, self._new.memory.kept
         there.gradients.empty()
         kept.empty(kept.numbers - set(self._new.of(_from(first, (h.piece for h in held[self._rank])))))
-        released = (by_rank[self._rank] for by_rank in (back.unread, *(this.released for this in back.rounds)))
-        unread, *freed = self._new.freed_with(_from(first, pieces) for pieces in released)
+        unread, *freed = self._new.freed_with(_from(first, pieces) for pieces in back.released_by(self._rank))
         kept.empty(unread)
         sources = [*self._old.pieces[:first], *self._new.pieces]
         for this, then_free in zip(back.rounds, freed, strict=True):

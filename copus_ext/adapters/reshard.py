@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from copus_ext.adapters.agreement import largest
+from copus_ext.adapters.agreement import first_failure, largest
 from copus_ext.adapters.blueprint import holdings_of_layout
 from copus_ext.adapters.carry import carry_grad_scaler, optimizer_step, set_optimizer_step
 from copus_ext.adapters.checksum import Checksums
@@ -98,7 +98,7 @@ def reshard(
     with phases("plan"):
         _refuse_uncovered(old, new)
         _finish_parameter_gathers(old)
-        step = largest(optimizer_step(old), _device(old))
+        step = largest(optimizer_step(old))
         plan, checksums = _planned(old, new, step >= 0, plans or PlanCache(), chunk_bytes)
         before, after = old.memory[step >= 0], new.memory[step >= 0]
     with phases("move"):
@@ -132,7 +132,7 @@ def reshard(
 def plan_reshard(old: Job, new: Job, plans: PlanCache) -> None:
     """Plan ahead, into ``plans``, what ``reshard`` does with the same jobs. Collective; raises what it raises then."""
     _refuse_uncovered(old, new)
-    _planned(old, new, largest(optimizer_step(old), _device(old)) >= 0, plans, None)
+    _planned(old, new, largest(optimizer_step(old)) >= 0, plans, None)
 
 
 def _refuse_uncovered(old: Job, new: Job) -> None:
@@ -156,14 +156,15 @@ def _planned(
         before, after = (_held_by_all(job, with_moments, plans) for job in (old, new))
         if key not in plans.moves:
             plan = plan_transfer(before, after, ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-            checksums = Checksums(plan.keys, after, MOST_MOMENTS, _device(old))
+            checksums = Checksums(plan.keys, after, MOST_MOMENTS, old.memory[with_moments].device)
             chunk = chunk_bytes or default_limit(before, after) // _share_of_slack(old, new)
             plans.keep(key, (stream(plan, before, after, chunk), checksums))
     except (UnsupportedReshard, TransferError) as error:
-        failure = str(error)
+        failure = f"rank {dist.get_rank()}: {error}"
     except Exception as error:  # the other ranks must hear of anything, or they wait forever
-        failure = f"{type(error).__name__}: {error}"
-    _refuse_together(failure, old)
+        failure = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+    if said := first_failure(failure):
+        raise UnsupportedReshard(said)
     return plans.moves[key]
 
 
@@ -193,15 +194,6 @@ def _held_by_all(job: Job, with_moments: bool, plans: PlanCache) -> list[list[Ho
     return plans.holdings[key]
 
 
-def _refuse_together(failure: str | None, job: Job) -> None:
-    """On every rank what the first rank says that has something to say."""
-    if not largest(int(failure is not None), _device(job)):
-        return
-    said: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, failure)
-    raise UnsupportedReshard(next(f"rank {rank}: {words}" for rank, words in enumerate(said) if words is not None))
-
-
 def _finish_parameter_gathers(job: Job) -> None:
     """Where gathering updated weights overlaps with the next forward pass, some are still on their way, or old."""
     if job.args.overlap_param_gather:
@@ -218,7 +210,3 @@ def _derive_weights(job: Job) -> None:
     if job.args.use_distributed_optimizer:
         for chunk in job.model:
             chunk.start_param_sync(force_sync=True)
-
-
-def _device(job: Job) -> torch.device:
-    return next(job.model[0].parameters()).device

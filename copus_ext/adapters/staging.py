@@ -18,14 +18,13 @@ def has_to_be_staged(plan: Stream, old: Side, new: Side) -> bool:
 
     Gradients and derived weights of the old job must be gone.
     """
-    device = old.memory.device
-    short = extra_bytes(plan, old, new, dist.get_rank()) > free_bytes(device)
-    return bool(largest(int(short), device))
+    short = extra_bytes(plan, old, new, dist.get_rank()) > free_bytes(old.memory.device)
+    return bool(largest(int(short)))
 
 
 def extra_bytes(plan: Stream, old: Side, new: Side, rank: int) -> int:
     """What a stream takes on this rank at its worst, beyond what is held when it begins; with room for packing."""
-    first, *freed = old.freed_with(by_rank[rank] for by_rank in (plan.unread, *(r.released for r in plan.rounds)))
+    first, *freed = old.freed_with(plan.released_by(rank))
     held = worst = -old.memory.kept.total(first)
     filled: set[int] = set()
     for this, then_free in zip(plan.rounds, freed, strict=True):

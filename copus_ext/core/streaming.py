@@ -51,25 +51,30 @@ class Stream:
         """By rank, what it holds then: old pieces, and new ones, whose numbers follow those of all old ones."""
         gone = [{held.piece for held in side} for side in self.lost_after(count)]
         held = [[h for h in side if h.piece not in gone[rank]] for rank, side in enumerate(self.old)]
-        first = [1 + max((h.piece for h in side), default=-1) for side in self.old]
+        first = [self.first_new(rank) for rank in range(len(self.old))]
         for done in self.rounds[:count]:
             for t in done.transfers:
                 held[t.target].append(t.given._replace(piece=t.given.piece + first[t.target]))
         return held
 
+    def first_new(self, rank: int) -> int:
+        """Where the numbers of new pieces begin on ``rank``, behind those of all old ones."""
+        return 1 + max((held.piece for held in self.old[rank]), default=-1)
 
-def stream(plan: TransferPlan, old: Holdings, new: Holdings, limit_bytes: int | None = None) -> Stream:
+    def released_by(self, rank: int) -> list[tuple[int, ...]]:
+        """The old pieces of ``rank`` that nobody reads at all, then those that nothing reads after each round."""
+        return [self.unread[rank], *(done.released[rank] for done in self.rounds)]
+
+
+def stream(plan: TransferPlan, old: Holdings, new: Holdings, limit_bytes: int) -> Stream:
     """Put a plan's transfers in order and cut them into rounds.
 
     Args:
         plan: made from ``old`` and ``new``.
         old: by rank, what it holds now.
         new: by rank, what it will hold.
-        limit_bytes: what a rank handles at most in one round; a 4th of what the emptiest rank holds, up to 64 MiB,
-            where it is not given.
+        limit_bytes: what a rank handles at most in one round; see :func:`default_limit`.
     """
-    if limit_bytes is None:
-        limit_bytes = default_limit(old, new)
     place = {name: number for number, name in enumerate(_order(old, new))}
     ordered = sorted(plan.transfers, key=lambda t: place[_tensor(t.given.key)])
     batches = list(rounds(ordered, limit_bytes))
@@ -125,20 +130,13 @@ def _parts(transfer: Transfer, limit_bytes: int) -> Iterator[Transfer]:
 
 def default_limit(old: Holdings, new: Holdings) -> int:
     """So small that a round, and the memory to pack it, fits where gradients were; so large that rounds are few."""
-    held = (max(sum(_piece_bytes(side[rank]).values()) for side in (old, new)) for rank in range(len(old)))
+    held = (max(sum(h.nbytes for h in side[rank]) for side in (old, new)) for rank in range(len(old)))
     return max(_LEAST_LIMIT, min(_LIMIT, min(filter(None, held), default=0) // 4))
 
 
 def _tensor(key: str) -> str:
     """A parameter's weight and moments belong together: what the optimizer keeps of it is let go at once."""
     return key.partition(":")[2]
-
-
-def _piece_bytes(holdings: Iterable[Holding]) -> dict[int, int]:
-    found: defaultdict[int, int] = defaultdict(int)
-    for held in holdings:
-        found[held.piece] += held.box.volume * held.item_bytes
-    return found
 
 
 def _order(old: Holdings, new: Holdings) -> list[str]:
@@ -164,5 +162,5 @@ def _bytes_of(side: Holdings, row: dict[str, int]) -> Array:
     table = np.zeros((len(row), len(side)))
     for rank, holdings in enumerate(side):
         for held in holdings:
-            table[row[_tensor(held.key)], rank] += held.box.volume * held.item_bytes
+            table[row[_tensor(held.key)], rank] += held.nbytes
     return table

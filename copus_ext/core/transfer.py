@@ -38,6 +38,11 @@ class Holding(NamedTuple):
     start: tuple[int, ...]
     item_bytes: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the box."""
+        return self.box.volume * self.item_bytes
+
     def part(self, box: Box) -> Holding:
         """The part of this holding inside ``box``, which must lie in it."""
         return self._replace(box=box, start=shift(self.start, box.offset, self.box.offset))
@@ -54,7 +59,7 @@ class Transfer(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the box."""
-        return self.taken.box.volume * self.taken.item_bytes
+        return self.taken.nbytes
 
     @property
     def on_wire(self) -> bool:

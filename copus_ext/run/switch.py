@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.num_microbatches_calculator import reconfigure_num_microbatches_calculator
 from megatron.training.global_vars import set_args
 
-from copus_ext.adapters.agreement import largest
+from copus_ext.adapters.agreement import first_failure
 from copus_ext.adapters.arguments import arguments_for, first_line
 from copus_ext.adapters.carry import RngState, carry_scheduler
 from copus_ext.adapters.job import Job, build_job
@@ -158,7 +157,6 @@ class Switcher:
         return kept
 
     def _keep(self, job: Job) -> None:
-        job.rest()
         self._hollow[job.plan.layout] = job
         if len(self._hollow) > _KEPT:
             self._hollow.pop(next(iter(self._hollow))).release()
@@ -256,7 +254,7 @@ def _agreed[Result](step: Callable[[Callable[[], None]], Result], what: str) -> 
     """
 
     def vote() -> None:
-        if failure := _first_failure(None):
+        if failure := first_failure(None):
             raise _PeerFailed(failure)
 
     try:
@@ -265,16 +263,6 @@ def _agreed[Result](step: Callable[[Callable[[], None]], Result], what: str) -> 
     except _PeerFailed as failure:
         raise SwitchFailed(f"{what}: {failure}") from None
     except Exception as error:  # whatever it is: the others wait for this rank
-        failure_here = _first_failure(f"rank {dist.get_rank()}: {first_line(error)}")
+        failure_here = first_failure(f"rank {dist.get_rank()}: {first_line(error)}")
         raise SwitchFailed(f"{what}: {failure_here}") from error
     return result
-
-
-def _first_failure(mine: str | None) -> str | None:
-    """What the first rank that failed says of it; ``None`` where none did. Collective."""
-    device = torch.empty(0, device=torch.cuda.current_device()).device
-    if not largest(int(mine is not None), device):
-        return None
-    said: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, mine)
-    return next(words for words in said if words is not None)

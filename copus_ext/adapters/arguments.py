@@ -10,12 +10,14 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from megatron.core.transformer.enums import AttnBackend
 from megatron.training import arguments as upstream
 
 from copus_ext.adapters.replaced import replaced
 from copus_ext.core.errors import UserError
 from copus_ext.core.model_shape import ModelShape
+from copus_ext.core.options import CUDA_CONTEXT_BYTES, RunOptions
 from copus_ext.core.plan import Layout, Plan
 
 
@@ -30,6 +32,7 @@ def plan_overrides(raw: argparse.Namespace, plan: Plan) -> dict[str, Any]:
         if layout.recompute == "full":  # every layer, as --recompute-method uniform --recompute-num-layers 1
             recompute |= {"recompute_method": "uniform", "recompute_num_layers": 1}
     return {
+        "world_size": layout.world_size,  # a job may be on part of the world
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "num_virtual_stages_per_pipeline_rank": layout.vpp if layout.vpp > 1 else None,
@@ -168,4 +171,21 @@ def model_shape(args: argparse.Namespace) -> ModelShape:
         moe_ffn=(args.moe_ffn_hidden_size or args.ffn_hidden_size) if args.num_experts else 0,
         flash_attention=args.transformer_impl == "transformer_engine" and args.attention_backend != AttnBackend.unfused,
         param_bytes=2 if args.bf16 or args.fp16 else 4,
+    )
+
+
+def run_options(raw: argparse.Namespace) -> RunOptions:
+    """What of the way a job is run its step time and memory depend on, from arguments as they were given.
+
+    Not from validated ones: upstream's validation turns off what the plan of the moment has no use for.
+    """
+    return RunOptions(
+        overlap_grad_reduce=raw.overlap_grad_reduce,
+        overlap_param_gather=raw.overlap_param_gather,
+        overlap_p2p=raw.overlap_p2p_comm,
+        tp_comm_overlap=raw.tp_comm_overlap,
+        gradient_bytes=2 if raw.grad_reduce_in_bf16 else 4,
+        dropout=max(raw.hidden_dropout, raw.attention_dropout) > 0,
+        fp8=raw.fp8 is not None,
+        context_bytes=CUDA_CONTEXT_BYTES if torch.cuda.is_available() else 0.0,
     )

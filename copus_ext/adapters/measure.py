@@ -73,6 +73,24 @@ def measure_shared_cpu(hardware: Hardware) -> Hardware:
     )
 
 
+def forget_peak_memory() -> None:
+    """Let :func:`peak_memory` begin anew."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> int | None:
+    """Bytes: the most that this process has taken of its device, by the allocator and beside it. None on CPU.
+
+    What cores share with other programs tells nothing of a plan.
+    """
+    if not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    beside = total - free - torch.cuda.memory_reserved()
+    return int(torch.cuda.max_memory_reserved() + beside)
+
+
 def _median_seconds(action: Callable[[], object], times: int) -> float:
     """Median seconds of ``action``, which is done ``times`` times a measurement."""
     action()

@@ -32,6 +32,7 @@ EVENTS = (
     "checkpoint",
     "eval",
     "prepare",
+    "memory",
     "fault",
     "run_end",
 )

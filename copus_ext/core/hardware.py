@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a training step makes of the figures on the box; ``tools/fit_throughput.py`` fits them to published runs.
+
+    Shares of the peak where nothing else is said. All ones where the figures of the hardware were measured.
+    """
+
+    matmul: float = 1.0  # of a matrix product that is large in every direction
+    half_tokens: float = 0.0  # tokens at which a product reaches half of that
+    half_width: float = 0.0  # the same, of the smaller side of the weights
+    attention: float = 1.0  # of the peak, by a fused kernel
+    scores: float = 1.0  # of the peak, where attention is two batches of products with the scores held in between
+    memory: float = 1.0  # of the memory's bandwidth, element-wise work
+    intra_node: float = 1.0
+    inter_node: float = 1.0
+    fp8: float = 1.0  # of twice the speed of bf16 that 8-bit products promise
+    tensor_exposed: float = 1.0  # of tensor-parallel messages: what does not hide behind computing where it may
+    pipeline_exposed: float = 1.0  # of messages between stages
+    data_exposed: float = 1.0  # of the gradients' and parameters' messages that may be overlapped
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the step time depends on. Speeds are what is reached in practice, not what is printed on the box.
+    """What the step time depends on: figures of the data sheet, and what of them is ``reached``.
 
-    ``flops`` [FLOP/s] is one device computing alone, ``node_flops`` all devices of a node at once: devices x flops on
-    GPUs, far less where the "devices" are processes that share cores. Bandwidths in bytes/s, of one device, one way.
+    ``flops`` [FLOP/s] is one device computing alone in bf16 (or, where that is all there is, fp32), ``node_flops`` all
+    devices of a node at once: devices x flops on GPUs, far less where the "devices" are processes that share cores.
+    Bandwidths in bytes/s, of one device, one way.
     """
 
     flops: float
@@ -24,17 +50,26 @@ class Hardware:
     memory_bytes: float  # of one device
     step_overhead_s: float
     layer_overhead_s: float  # launching one layer's forward and backward pass for one micro-batch
+    reached: Reached = field(default_factory=Reached)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not (math.isfinite(value) and (value > 0 or (value == 0 and field.name.endswith("_s")))):
-                raise ValueError(f"{field.name} of the hardware must be a positive number, not {value}")
+        for name, value in _numbers(self):
+            if not (math.isfinite(value) and (value > 0 or (value == 0 and _may_be_zero(name)))):
+                raise ValueError(f"{name} of the hardware must be a positive number, not {value}")
 
-    def busy_devices(self, world_size: int) -> float:
-        """How many devices computing alone would do as much as the nodes of this job do together."""
-        per_node = min(self.node_flops / self.flops, min(world_size, self.devices_per_node))
-        return per_node * max(1.0, world_size / self.devices_per_node)
+    def busy_devices(self, world_size: Any) -> Any:
+        """How many devices computing alone would do as much as the nodes of this job do together; numbers or arrays."""
+        nodes = np.maximum(1.0, world_size / self.devices_per_node)
+        return nodes * np.minimum(self.node_flops / self.flops, np.minimum(world_size, self.devices_per_node))
+
+
+def _numbers(hardware: Hardware) -> list[tuple[str, float]]:
+    own = [(entry.name, getattr(hardware, entry.name)) for entry in fields(hardware) if entry.name != "reached"]
+    return own + list(asdict(hardware.reached).items())
+
+
+def _may_be_zero(name: str) -> bool:
+    return name.endswith(("_s", "_exposed")) or name.startswith("half_")
 
 
 def shared_cpu(cores: int, ranks: int, memory_bytes: float) -> Hardware:
@@ -54,33 +89,6 @@ def shared_cpu(cores: int, ranks: int, memory_bytes: float) -> Hardware:
     )
 
 
-# Peak dense bf16 FLOP/s, memory bandwidth and link bandwidths of one device, one way, in bytes/s, from the makers' data
-# sheets: H100 and H200 SXM (NVLink 4, 400 Gbit/s InfiniBand), A100 SXM (NVLink 3, 200 Gbit/s), MI210 and MI250X (per
-# GCD; xGMI). The link between nodes is what such clusters commonly have.
-_GPUS = {
-    "H200": (989e12, 4.8e12, 450e9, 50e9),
-    "H100": (989e12, 3.35e12, 450e9, 50e9),
-    "A100": (312e12, 2.0e12, 300e9, 25e9),
-    "MI250": (191e12, 1.6e12, 75e9, 12.5e9),
-    "MI210": (181e12, 1.6e12, 75e9, 12.5e9),
-}
-_REACHED = 0.55  # of the peaks, in practice
-_UNKNOWN_GPU = "A100"
-
-
-def gpu_hardware(name: str, devices_per_node: int, memory_bytes: float) -> Hardware:
-    """Figures for the GPU that calls itself ``name``; an A100's for one that is not known (measuring corrects them)."""
-    kind = next((kind for kind in _GPUS if kind in name), _UNKNOWN_GPU)
-    flops, memory, inside, outside = (_REACHED * peak for peak in _GPUS[kind])
-    return Hardware(
-        flops=flops,
-        node_flops=flops * devices_per_node,
-        memory_bandwidth=memory,
-        intra_node_bandwidth=inside,
-        inter_node_bandwidth=outside,
-        latency_s=1e-5,
-        devices_per_node=devices_per_node,
-        memory_bytes=memory_bytes,
-        step_overhead_s=0.02,
-        layer_overhead_s=3e-4,
-    )
+def hardware_from_json(values: Mapping[str, Any]) -> Hardware:
+    """Inverse of ``dataclasses.asdict``."""
+    return Hardware(**{**values, "reached": Reached(**values["reached"])})

@@ -8,12 +8,10 @@ from typing import Any
 
 from copus_ext.core.candidates import candidate_plans
 from copus_ext.core.errors import UserError
-from copus_ext.core.memory import peak_bytes
 from copus_ext.core.model_shape import ModelShape
 from copus_ext.core.plan import Plan
 
 _FLAG = "--copus-space"
-_MEMORY_SHARE = 0.9  # of a device's memory that a plan may be predicted to take
 _BATCH_SPAN = 16  # how far the global batch may go from the first one, either way, where the flag does not say
 
 
@@ -46,14 +44,6 @@ class Space:
     def _allows(self, plan: Plan) -> bool:
         wanted = ((self.tp, plan.layout.tp), (self.pp, plan.layout.pp))
         return all(allowed is None or value in allowed for allowed, value in wanted)
-
-
-def too_large(plan: Plan, model: ModelShape, memory_bytes: float) -> str | None:
-    """Why a plan would not fit a device of ``memory_bytes``; ``None`` where it is expected to."""
-    needed = peak_bytes(plan, model)
-    if needed <= _MEMORY_SHARE * memory_bytes:
-        return None
-    return f"needs {needed / 2**30:.1f} GiB of {memory_bytes / 2**30:.1f} on a rank, and at most 90 % is taken"
 
 
 def parse_space(text: str) -> Space:

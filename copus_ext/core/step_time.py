@@ -1,172 +1,210 @@
-"""How long a step takes, in closed form: the prior that measurements correct.
-
-First version: constant GEMM speed, no overlap of communication with computation, dense collectives only (the ring
-exchange of context parallelism and the dispatch of a mixture of experts are left to the correction).
-"""
+"""How long a step takes, in closed form: the prior that measurements correct."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
 
 from copus_ext.core.hardware import Hardware
+from copus_ext.core.layer_time import LayerTime, layer_time, output_layer_time, tokens
+from copus_ext.core.links import all_reduce_s, bandwidth
 from copus_ext.core.model_shape import ModelShape
-from copus_ext.core.plan import Layout, Plan
+from copus_ext.core.options import RunOptions
+from copus_ext.core.plan import Plan
+from copus_ext.core.plan_table import PlanTable
 
-# Bytes of memory traffic or of messages per parameter, all in fp32 (which bf16 training uses there as well).
-_GRADIENT_BYTES = 4
-_ADAM_BYTES = 28  # parameter, gradient and two moments read, all but the gradient written
+# Bytes of memory traffic of the optimizer step, per parameter.
+_ADAM_BYTES = 28  # parameter (main parameter), gradient and two moments read, all but the gradient written
 _CLIP_BYTES = 12  # gradient read for its norm, read and written to scale it
 _ZERO_GRADIENT_BYTES = 4
+_P2P_OVERLAPPED = 0.5  # of the messages between stages, where the interleaved schedule overlaps them
 
 
 @dataclass(frozen=True)
 class StepTimeParts:
-    """Seconds of a step by what they are spent on, as the slowest rank sees them; they add up to ``total``."""
+    """Seconds of a step by what they are spent on, as the slowest rank sees them; they add up to ``total``. [n]."""
 
-    compute: float  # forward and backward passes
-    tensor: float  # all-reduces of tensor parallelism
-    bubble: float  # waiting for other pipeline stages
-    pipeline: float  # sending activations and their gradients between stages
-    data: float  # reducing gradients, gathering parameters
-    optimizer: float
-    fixed: float
+    matmul: Any
+    attention: Any
+    traffic: Any  # element-wise work, which memory bandwidth limits
+    overhead: Any  # launching kernels
+    tensor: Any  # all-reduces of tensor parallelism
+    context: Any  # keys and values on their way round, as far as attention does not hide them
+    expert: Any  # tokens on their way to experts and back
+    bubble: Any  # waiting for other pipeline stages
+    pipeline: Any  # sending activations and their gradients between stages
+    data: Any  # reducing gradients, gathering parameters
+    optimizer: Any
+    fixed: Any
 
     @property
-    def total(self) -> float:
+    def compute(self) -> Any:
+        """Forward and backward passes."""
+        return self.matmul + self.attention + self.traffic + self.overhead
+
+    @property
+    def total(self) -> Any:
         """Seconds of the whole step."""
-        return math.fsum(getattr(self, field.name) for field in fields(self))
+        return sum(self.columns())
+
+    def columns(self) -> Iterator[Any]:
+        """The parts in the order of the fields."""
+        return (getattr(self, field.name) for field in fields(self))
 
 
-def step_time_parts(plan: Plan, model: ModelShape, hardware: Hardware) -> StepTimeParts:
-    """Predicted seconds of one step of ``plan``, by component.
+PARTS = tuple(field.name for field in fields(StepTimeParts))
+_IN_LAYERS = ("matmul", "attention", "traffic", "overhead", "tensor", "context", "expert")
+
+
+def step_time_parts(
+    plan: Plan, model: ModelShape, hardware: Hardware, options: RunOptions | None = None
+) -> StepTimeParts:
+    """Predicted seconds of one step of ``plan``, by component."""
+    parts = step_times(PlanTable.of([plan]), model, hardware, options or RunOptions())
+    return StepTimeParts(*(float(column[0]) for column in parts.columns()))
+
+
+def step_times(table: PlanTable, model: ModelShape, hardware: Hardware, options: RunOptions) -> StepTimeParts:
+    """Predicted seconds of one step of each of n plans, by component.
 
     A pipeline of p stages of v chunks runs m micro-batches in the time of m on the slowest stage plus (p - 1) / v of
     the others (Narayanan et al. 2021, arXiv 2104.04473, section 2.2). That holds for ranks with a device each. Where
     ranks share cores, one that waits leaves its core to another, so the step takes the longer of that critical path
     and all work divided by the speed of all cores.
     """
-    layout, micro_steps = plan.layout, plan.num_microbatches
-    stage, head = _stage_seconds(plan, model, hardware)
-    tensor, head_tensor = _tensor_seconds(plan, model, hardware)
-    hop = _hop_seconds(plan, model, hardware)
-    data = _data_seconds(layout, model, hardware)
-    optimizer = _optimizer_seconds(layout, model, hardware)
-    fill = (layout.pp - 1) / layout.vpp
+    micro_steps, fill = table.num_microbatches, (table.pp - 1) / table.vpp
+    layer = layer_time(table, model, hardware, options)
+    head = output_layer_time(table, model, hardware, options)
+    layers, last_layers = _layers_of_stages(table, model)
+    with_head = last_layers * layer.total + head.total > layers * layer.total
+    slowest = {
+        name: np.where(
+            with_head,
+            last_layers * getattr(layer, name) + getattr(head, name),
+            layers * getattr(layer, name),
+        )
+        for name in _IN_LAYERS
+    }
+    hop = _hop_seconds(table, model, hardware, options)
+    stage = layers * layer.total
+    data = _data_seconds(table, model, hardware, options, layer)
+    optimizer = _optimizer_seconds(table, model, hardware)
+    fixed = np.full_like(stage, hardware.step_overhead_s)
     path = StepTimeParts(
-        compute=micro_steps * (stage + head),
-        tensor=micro_steps * (tensor + head_tensor),
-        bubble=fill * (stage + tensor),
+        **{name: micro_steps * seconds for name, seconds in slowest.items()},
+        bubble=fill * stage,
         pipeline=(micro_steps + fill) * hop,
         data=data,
         optimizer=optimizer,
-        fixed=hardware.step_overhead_s,
+        fixed=fixed,
     )
-    mean_micro_step = stage + tensor + (head + head_tensor) / layout.pp + hop
-    work = micro_steps * mean_micro_step + data + optimizer + hardware.step_overhead_s  # of an average rank
-    return _share_devices(path, work, stage + tensor, layout, hardware)
+    mean_micro_step = model.layers / table.pp * layer.total + head.total / table.pp + hop
+    work = micro_steps * mean_micro_step + data + optimizer + fixed  # of an average rank
+    return _share_devices(path, work, stage, table, hardware)
 
 
-def _share_devices(path: StepTimeParts, work: float, stage: float, layout: Layout, hardware: Hardware) -> StepTimeParts:
+def _layers_of_stages(table: PlanTable, model: ModelShape) -> tuple[Any, Any]:
+    """[n] layers on a stage in the middle, and on the last one, which has the output layer as well.
+
+    Where layers do not divide evenly, the first and the last stage are taken to have fewer, as is usual.
+    """
+    full = np.ceil(model.layers / (table.pp * table.vpp) - 1e-9) * table.vpp
+    missing = full * table.pp - model.layers
+    return full, np.maximum(full - missing / 2, 0.0)
+
+
+def _share_devices(path: StepTimeParts, work: Any, stage: Any, table: PlanTable, hardware: Hardware) -> StepTimeParts:
     """Stretch the critical path to the time that all work takes on fewer devices; waiting shrinks as it stretches.
 
     While a pipeline fills, its first stages alone cannot keep all devices busy: k stages of g ranks have work after k
     forward passes, so with room for d = devices / g stages the idle part is (d - 1) / 2 of a stage's seconds.
     """
-    devices = hardware.busy_devices(layout.world_size)
-    room = max(1.0, devices * layout.pp / layout.world_size)
-    all_work = work * layout.world_size / devices
-    busy = path.total - path.bubble
-    total = max(path.total, all_work + (room - 1.0) / 2.0 * stage / layout.vpp)
-    bubble = min(path.bubble, total - all_work)
-    stretched = {field.name: getattr(path, field.name) * (total - bubble) / busy for field in fields(path)}
+    ranks = table.world_size
+    devices = hardware.busy_devices(ranks)
+    room = np.maximum(1.0, devices * table.pp / ranks)
+    all_work = work * ranks / devices
+    path_s = path.total
+    total = np.maximum(path_s, all_work + (room - 1.0) / 2.0 * stage / table.vpp)
+    bubble = np.minimum(path.bubble, total - all_work)
+    stretch = (total - bubble) / (path_s - path.bubble)
+    stretched = {name: getattr(path, name) * stretch for name in PARTS}
     return StepTimeParts(**{**stretched, "bubble": bubble})
 
 
-def _tokens(plan: Plan, model: ModelShape) -> float:
-    """Tokens of one micro-batch on one rank."""
-    return plan.micro_batch * model.seq / plan.layout.cp
-
-
-def _stage_seconds(plan: Plan, model: ModelShape, hardware: Hardware) -> tuple[float, float]:
-    """Seconds a stage computes on one micro-batch, forward and backward, and what the output layer adds to the last.
-
-    Full recompute runs every layer's forward pass again, selective recompute the attention scores only.
-    """
-    layout = plan.layout
-    tokens = _tokens(plan, model) / layout.tp
-    matmul, scores = 6.0 * tokens * model.active_layer_params, 12.0 * tokens * model.seq * model.hidden
-    again = {"none": 0.0, "selective": scores / 3, "full": (matmul + scores) / 3}[layout.recompute]
-    layer = (matmul + scores + again) / hardware.flops + hardware.layer_overhead_s
-    return model.layers / layout.pp * layer, 6.0 * tokens * model.embedding_params / hardware.flops
-
-
-def _tensor_seconds(plan: Plan, model: ModelShape, hardware: Hardware) -> tuple[float, float]:
-    """Seconds of tensor-parallel communication of one micro-batch: in a stage, and more in the last one.
-
-    Two all-reduces per layer in each pass (Shoeybi et al. 2019, arXiv 1909.08053, section 3), two more forward ones
-    with full recompute. Sequence parallelism splits each into a reduce-scatter and an all-gather of the same volume.
-    """
-    layout = plan.layout
-    size = _tokens(plan, model) * model.hidden * model.param_bytes
-    one = _all_reduce_seconds(size, layout.tp, 1, hardware)
-    per_layer = 6 if layout.recompute == "full" else 4
-    return model.layers / layout.pp * per_layer * one, 2 * one
-
-
-def _hop_seconds(plan: Plan, model: ModelShape, hardware: Hardware) -> float:
+def _hop_seconds(table: PlanTable, model: ModelShape, hardware: Hardware, options: RunOptions) -> Any:
     """Seconds one stage sends in one micro-batch: activations on, gradients back, once per model chunk."""
-    layout = plan.layout
-    if layout.pp == 1:
-        return 0.0
-    size = _tokens(plan, model) * model.hidden * model.param_bytes / (layout.tp if layout.sequence_parallel else 1)
-    bandwidth = _bandwidth(layout.world_size, layout.world_size // layout.pp, hardware)
-    return 2 * layout.vpp * (size / bandwidth + hardware.latency_s)
+    split = table.sequence_parallel | options.scatter_gather
+    size = tokens(table, model) * model.hidden * model.param_bytes / np.where(split, table.tp, 1.0)
+    rate = bandwidth(table.world_size, table.world_size // table.pp, hardware)
+    overlapped = options.overlap_p2p & (table.vpp > 1)
+    exposed = hardware.reached.pipeline_exposed * np.where(overlapped, _P2P_OVERLAPPED, 1.0)
+    return np.where(table.pp > 1, 2 * table.vpp * (size / rate + hardware.latency_s) * exposed, 0.0)
 
 
-def _rank_params(layout: Layout, model: ModelShape) -> float:
-    """Parameters on a rank that also holds an embedding: the fullest one."""
-    experts = model.experts // layout.ep if model.experts else 1
-    layers = model.layers / layout.pp * (model.attention_params + model.mlp_params * experts)
-    embeddings = 1 if layout.pp > 1 or model.tied else 2
-    return (layers + embeddings * model.embedding_params) / layout.tp
+def _rank_params(table: PlanTable, model: ModelShape) -> tuple[Any, Any]:
+    """[n] dense and [n] expert parameters on a rank that also holds an embedding: the fullest one."""
+    layers, _ = _layers_of_stages(table, model)
+    embeddings = np.where((table.pp > 1) | model.tied, 1.0, 2.0) * model.embedding_params
+    if not model.experts:
+        return (layers * model.layer_params + embeddings) / table.tp, np.zeros_like(layers)
+    experts = layers * model.mlp_params * model.experts / table.ep / table.tp
+    return (layers * model.attention_params + embeddings) / table.tp, experts
 
 
-def _data_seconds(layout: Layout, model: ModelShape, hardware: Hardware) -> float:
-    """Seconds to bring gradients together, and parameters with a distributed optimizer.
+def _data_seconds(
+    table: PlanTable, model: ModelShape, hardware: Hardware, options: RunOptions, layer: LayerTime
+) -> Any:
+    """Seconds to bring gradients together, and parameters with a distributed optimizer, as far as nothing hides them.
 
-    Tied embeddings on two pipeline stages are reduced between these as well.
+    Overlapped, gradients hide behind the last micro-batch's backward pass and parameters behind the first one's forward
+    pass, all but what belongs to the last layer. Tied embeddings on two stages are reduced between these as well.
     """
-    replicas, stride = layout.dp * layout.cp, layout.tp
-    params = _rank_params(layout, model)
-    reduce = _all_reduce_seconds(params * _GRADIENT_BYTES, replicas, stride, hardware)
-    if layout.distributed_optimizer:
-        gather = _all_reduce_seconds(params * model.param_bytes, replicas, stride, hardware)
-        reduce = (reduce + gather) / 2
-    if layout.pp == 1 or not model.tied:
-        return reduce
-    embedding = model.embedding_params / layout.tp * _GRADIENT_BYTES
-    return reduce + _all_reduce_seconds(embedding, 2, layout.world_size // layout.pp, hardware)
+    replicas = table.dp * table.cp
+    dense, experts = _rank_params(table, model)
+    reduce, gather = _replica_seconds(dense, replicas, table, model, hardware, options)
+    if model.experts:
+        more = _replica_seconds(experts, np.maximum(1.0, replicas / table.ep), table, model, hardware, options)
+        reduce, gather = reduce + more[0], gather + more[1]
+    layers, _ = _layers_of_stages(table, model)
+    forward = layers * layer.forward
+    backward = layers * layer.compute - forward
+    if options.overlap_grad_reduce:
+        reduce = _not_hidden(reduce, backward, layers, hardware)
+    if options.overlap_param_gather:
+        gather = _not_hidden(gather, forward, layers, hardware)
+    tied = (table.pp > 1) & model.tied
+    embedding = model.embedding_params / table.tp * options.gradient_bytes
+    last_to_first = all_reduce_s(embedding, 2.0, table.world_size // table.pp, hardware)
+    return reduce + gather + np.where(tied, last_to_first, 0.0)
 
 
-def _optimizer_seconds(layout: Layout, model: ModelShape, hardware: Hardware) -> float:
+def _replica_seconds(
+    params: Any, replicas: Any, table: PlanTable, model: ModelShape, hardware: Hardware, options: RunOptions
+) -> tuple[Any, Any]:
+    """Seconds to reduce the gradients of ``params`` over replicas, and to gather the parameters after the step."""
+    reduce = all_reduce_s(params * options.gradient_bytes, replicas, table.tp, hardware)
+    gather = all_reduce_s(params * model.param_bytes, replicas, table.tp, hardware)
+    sharded = table.distributed_optimizer
+    return np.where(sharded, reduce / 2, reduce), np.where(sharded, gather / 2, 0.0)
+
+
+def _not_hidden(seconds: Any, behind: Any, layers: Any, hardware: Hardware) -> Any:
+    """What is left of messages that run beside computing: the last bucket, and what is longer than that computing.
+
+    Even hidden messages slow the computing down that they run beside, by the fitted share of theirs.
+    """
+    last = np.maximum(seconds / np.maximum(8.0, layers), seconds - behind)
+    return np.maximum(last, hardware.reached.data_exposed * seconds)
+
+
+def _optimizer_seconds(table: PlanTable, model: ModelShape, hardware: Hardware) -> Any:
     """Seconds of memory traffic of the Adam step, its norm and its clipping; sharded with a distributed optimizer."""
-    shards = layout.dp * layout.cp if layout.distributed_optimizer else 1
-    per_param = (_ADAM_BYTES + _CLIP_BYTES) / shards + _ZERO_GRADIENT_BYTES
-    return _rank_params(layout, model) * per_param / hardware.memory_bandwidth
-
-
-def _all_reduce_seconds(size: float, ranks: int, stride: int, hardware: Hardware) -> float:
-    """Seconds to all-reduce ``size`` bytes over ranks that are ``stride`` apart: 2 (n - 1) / n of them cross a link."""
-    if ranks == 1:
-        return 0.0
-    traffic = 2 * (ranks - 1) / ranks * size
-    return traffic / _bandwidth(ranks * stride, stride, hardware) + 2 * math.log2(ranks) * hardware.latency_s
-
-
-def _bandwidth(span: int, stride: int, hardware: Hardware) -> float:
-    """Bytes/s of a ring over ranks ``stride`` apart, ``span`` in all: those of a node share its way out."""
-    if span <= hardware.devices_per_node:
-        return hardware.intra_node_bandwidth
-    members = max(1, hardware.devices_per_node // stride)
-    return min(hardware.intra_node_bandwidth, members * hardware.inter_node_bandwidth)
+    dense, experts = _rank_params(table, model)
+    shards = np.where(table.distributed_optimizer, table.dp * table.cp, 1.0)
+    cast = 2 if model.param_bytes < 4 else 0  # main parameters back to the ones that are trained with
+    params = dense + experts
+    traffic = params * ((_ADAM_BYTES + cast + _CLIP_BYTES) / shards + _ZERO_GRADIENT_BYTES)
+    return traffic / (hardware.memory_bandwidth * hardware.reached.memory)

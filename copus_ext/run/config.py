@@ -8,12 +8,16 @@ from pathlib import Path
 
 from copus_ext.core.errors import UserError
 from copus_ext.core.grouping import ADAM, AUTO, ESTIMATORS, LAYERNORM, StepShape, why_unmeasurable_in_a_run
+from copus_ext.core.hardware_file import MEASURED, load_hardware, shipped_hardware
 from copus_ext.core.learning_rate import LR_RULES, learning_rate_factor
 from copus_ext.core.plan import Plan
 from copus_ext.core.policy import POLICIES, Policy, make_policy
 from copus_ext.core.schedule import Schedule, parse_schedule
 from copus_ext.core.space import Space, parse_space
+from copus_ext.core.throughput_table import ThroughputTable, read_table
 
+TABLE_FLAG = "--copus-throughput-table"
+HARDWARE_FLAG = "--copus-hardware"
 _HALF_LIFE_STEPS = 40  # of the first plan
 
 
@@ -38,6 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="SPACE",
         help='plans to choose from, like "tp=1,2 pp=1,2,4 mbs=1,2 gbs=16..512" (default: every layout, the given '
         "micro-batch and its halves, 1/16 to 16 times the given global batch)",
+    )
+    group.add_argument(
+        HARDWARE_FLAG,
+        metavar="NAME",
+        help="what step times and memory are predicted for until they are measured: "
+        f"{', '.join(shipped_hardware())}, a TOML file, or {MEASURED} (default: what the run is on)",
+    )
+    group.add_argument(
+        TABLE_FLAG,
+        metavar="FILE",
+        help="step times that tools/profile_throughput.py measured, for the first decisions to be made by",
     )
     group.add_argument("--copus-dir", default="copus-run", metavar="DIR", help="where all outputs of the run go")
     group.add_argument("--copus-interval", type=int, default=20, metavar="STEPS", help="steps between decisions")
@@ -99,6 +114,7 @@ class CopusConfig:
     lr_rule: str
     noise_estimator: str
     noise_half_life_tokens: float
+    throughput_table: ThroughputTable | None = None
 
     @property
     def first_plan(self) -> Plan:
@@ -125,6 +141,8 @@ def check_flags(args: argparse.Namespace) -> None:
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; give at least {least}")
     learning_rate_factor(args.copus_lr_rule, 1, 1)
+    if args.copus_hardware is not None and args.copus_hardware.lower() != MEASURED:
+        load_hardware(args.copus_hardware, flag=HARDWARE_FLAG)
     check_estimator(args)
     check_experts(args)
     _check_length(args)
@@ -153,6 +171,7 @@ def config_from_args(args: argparse.Namespace, base: Plan) -> CopusConfig:
         lr_rule=args.copus_lr_rule,
         noise_estimator=args.copus_gns_estimator,
         noise_half_life_tokens=half_life_tokens(args, base.global_batch),
+        throughput_table=read_table(args.copus_throughput_table, TABLE_FLAG) if args.copus_throughput_table else None,
     )
     _check_measurable(config)
     return config

@@ -10,12 +10,15 @@ from typing import Any
 
 import torch.distributed as dist
 
+from copus_ext.adapters.agreement import largest
 from copus_ext.adapters.job import Job
+from copus_ext.adapters.measure import forget_peak_memory, peak_memory
 from copus_ext.adapters.noise.gradient_noise import GradientNoise
 from copus_ext.core.decision import Decision, Situation
 from copus_ext.core.grouping import StepShape, why_unmeasurable_in_a_run
 from copus_ext.core.noise_tracker import MeasuredStep
 from copus_ext.core.plan import Plan
+from copus_ext.core.plan_table import PlanTable
 from copus_ext.run.config import CopusConfig
 from copus_ext.run.knowledge import Knowledge
 from copus_ext.run.noise_meter import GradientMeter, NoiseMeter, NoMeter
@@ -23,6 +26,7 @@ from copus_ext.run.progress import steps_until
 from copus_ext.run.telemetry import Telemetry
 from megatron.patches.training_hooks import Observer, StepResult
 
+_NOTEWORTHY = 1.01  # growth of a plan's peak memory that is worth an event
 _UNSETTLED_STEPS = 2  # after a switch: their times say more about caches than about the plan
 
 
@@ -51,6 +55,7 @@ class Controller(Observer):
         self._noise: NoiseMeter = NoMeter()
 
     def __enter__(self) -> Controller:
+        forget_peak_memory()
         self._noise = _meter_of(self._job, self._config.noise_estimator)
         self._noise.__enter__()
         return self
@@ -99,6 +104,17 @@ class Controller(Observer):
         if steps:
             self._telemetry.noise_scale(self._knowledge.noise.estimate(), self._noise.estimator, steps)
 
+    def _take_in_memory(self) -> None:
+        """Learn what the plan takes of a device on its fullest rank, where devices tell. Collective over all ranks."""
+        peak = peak_memory()
+        if peak is None:
+            return
+        peak, plan, memory = largest(peak), self._job.plan, self._knowledge.memory
+        if peak > _NOTEWORTHY * dict(memory.peaks).get(plan, 0.0):
+            expected = float(memory.predict(PlanTable.of([plan]))[0])
+            self._telemetry.event("memory", plan=str(plan), peak_bytes=peak, predicted_bytes=expected)
+        self._knowledge.memory = memory.observe(plan, peak)
+
     def _decision_is_due(self, iteration: int) -> bool:
         samples = self._args.consumed_train_samples
         if steps_until(self._args, self._args.train_samples) == 0:
@@ -108,6 +124,7 @@ class Controller(Observer):
 
     def _decide(self, iteration: int) -> None:
         self._take_in(self._noise.flush())
+        self._take_in_memory()
         chosen: list[Plan | None] = [None, None]  # to switch to now; to be ready for
         lead = dist.get_world_size() - 1
         if dist.get_rank() == lead:
@@ -130,7 +147,7 @@ class Controller(Observer):
             if refusal is None:
                 return decision
             self._knowledge.rejected[decision.chosen] = refusal
-            situation = replace(situation, rejected=dict(self._knowledge.rejected))
+            situation = replace(situation, rejected=self._knowledge.objections())
             decision = self._config.policy.decide(situation)
         if not decision.is_switch:
             return decision
@@ -152,7 +169,7 @@ class Controller(Observer):
             throughput=known.throughput,
             switch_cost=known.switch_cost,
             candidates=known.candidates,
-            rejected=dict(known.rejected),
+            rejected=known.objections(),
         )
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import gc
 import math
+import os
 import time
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from megatron.training import get_timers, training
 from megatron.training.global_vars import set_global_variables
 
-from copus_ext.adapters.arguments import arguments_for, first_line, model_shape
+from copus_ext.adapters.arguments import arguments_for, first_line, model_shape, run_options
 from copus_ext.adapters.job import build_job
 from copus_ext.adapters.layouts import LayoutGroups
 from copus_ext.adapters.tokenizer import make_tokenizer
@@ -21,14 +23,15 @@ from copus_ext.core.errors import UserError
 from copus_ext.core.grouping import why_avoided
 from copus_ext.core.hardware import Hardware
 from copus_ext.core.learning_rate import learning_rate_factor
+from copus_ext.core.memory_model import MemoryModel
 from copus_ext.core.noise_tracker import NoiseTracker
 from copus_ext.core.plan import Plan
 from copus_ext.core.report import report_run
-from copus_ext.core.space import too_large
 from copus_ext.core.switch_cost import first_switch_cost
 from copus_ext.core.throughput import ThroughputModel
+from copus_ext.core.throughput_table import Subject
 from copus_ext.run import gpt
-from copus_ext.run.config import CopusConfig
+from copus_ext.run.config import TABLE_FLAG, CopusConfig
 from copus_ext.run.controller import Controller
 from copus_ext.run.data import Data
 from copus_ext.run.hardware import describe_hardware
@@ -39,6 +42,14 @@ from copus_ext.run.telemetry import Telemetry, quiet
 from megatron.patches.training_hooks import observing
 
 _NOTICED_S = 0.01  # what is ready already takes less, and is no event
+_TIMED_OPTIONS = (  # what step times depend on beside plan, model and device; by argument name
+    "optimizer",
+    "overlap_grad_reduce",
+    "overlap_param_gather",
+    "grad_reduce_in_bf16",
+    "tp_comm_overlap",
+    "fp8",
+)
 
 
 class Driver:
@@ -73,7 +84,7 @@ class Driver:
         self.data = Data(min(plan.global_batch for plan in possible))
         leads = args.rank == args.world_size - 1
         self.telemetry = Telemetry(config.directory, leads, args.iteration or None)
-        if tight := too_large(plan, model_shape(args), self.knowledge.throughput.hardware.memory_bytes):
+        if tight := self.knowledge.memory.objections([plan]).get(plan):
             self.telemetry.say(f"the first plan, {plan}, {tight}: it may run out of memory")
 
     # -- set-up
@@ -116,24 +127,27 @@ class Driver:
         model = model_shape(args)
         plans = self.config.space.plans(self.config.base, model) if self.config.policy.searches else []
         base = self.config.base
-        rejected = {
-            plan: why
-            for plan in plans
-            if (
-                why := too_large(plan, model, hardware.memory_bytes)
-                or why_avoided(plan, base, self.config.noise_estimator)
-            )
-        }
+        avoided = {plan: why for plan in plans if (why := why_avoided(plan, base, self.config.noise_estimator))}
+        options = run_options(self.raw)
         knowledge = Knowledge(
             noise=NoiseTracker.start(self.config.noise_estimator, self.config.noise_half_life_tokens),
-            throughput=ThroughputModel(model, hardware),
+            throughput=ThroughputModel(model, hardware, options=options),
+            memory=MemoryModel(model, hardware.memory_bytes, options),
             switch_cost=first_switch_cost(model, hardware, args.world_size),
             candidates=tuple(plans),
-            rejected=rejected,
+            rejected=avoided,
         )
         if saved:
             knowledge.restore(saved)
+        self._seed(knowledge, args)
         return knowledge
+
+    def _seed(self, knowledge: Knowledge, args: argparse.Namespace) -> None:
+        """Let step times of a table be known from the start. What a checkpoint knows of a plan counts for more."""
+        if table := self.config.throughput_table:
+            table.check(measured_subject(self.raw, args), f"{TABLE_FLAG} {self.raw.copus_throughput_table}")
+            known = {history.plan for history in knowledge.throughput.histories}
+            knowledge.throughput = table.seed(knowledge.throughput, known)
 
     def _refusal_of(self, plan: Plan) -> str | None:
         """Why a plan is refused by the model's sizes or by upstream's own validation; ``None`` where it is not."""
@@ -278,6 +292,16 @@ class Driver:
     def _report(self) -> None:
         if self.telemetry.leads:
             print(report_run(self.config.directory), flush=True)
+
+
+def measured_subject(raw: argparse.Namespace, args: argparse.Namespace) -> Subject:
+    """What step times of this job are times of; ``args`` are validated, of any plan, and ``raw`` of none."""
+    cores = len(os.sched_getaffinity(0))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU with {cores} cores"
+    given = [(name, getattr(raw, name, None)) for name in _TIMED_OPTIONS]
+    words = [name if value is True else f"{name}={value}" for name, value in given if value]
+    per_node = os.environ.get("LOCAL_WORLD_SIZE", args.world_size)
+    return Subject(model_shape(args), args.world_size, f"{per_node} ranks a node, {device}", " ".join(words))
 
 
 def _check_ranks(plan: Plan, raw: argparse.Namespace) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from copus_ext.core.files import write_whole
+from copus_ext.core.memory_model import MemoryModel
 from copus_ext.core.noise_tracker import NoiseTracker
 from copus_ext.core.plan import Plan, plan_from_json
 from copus_ext.core.switch_cost import SwitchCost
@@ -21,9 +23,14 @@ class Knowledge:
 
     noise: NoiseTracker
     throughput: ThroughputModel
+    memory: MemoryModel
     switch_cost: SwitchCost
     candidates: tuple[Plan, ...]
     rejected: dict[Plan, str] = field(default_factory=dict)
+
+    def objections(self) -> dict[Plan, str]:
+        """Which candidates can't be chosen now, and why: refused for good, or by what memory is thought to do."""
+        return self.memory.objections(self.candidates) | self.rejected
 
     def save(self, checkpoints: str, iteration: int, plan: Plan) -> None:
         """Write it beside the checkpoint of ``iteration``, whole or not at all."""
@@ -31,6 +38,7 @@ class Knowledge:
             "plan": plan.to_json(),
             "noise": self.noise.to_json(),
             "throughput": self.throughput.to_json(),
+            "memory": self.memory.to_json(),
             "switch_cost": self.switch_cost.to_json(),
         }
         write_whole(Path(checkpoints) / f"iter_{iteration:07d}" / _FILE, json.dumps(state))
@@ -38,6 +46,7 @@ class Knowledge:
     def restore(self, state: SavedState) -> None:
         """Go on from what a checkpoint knew."""
         self.noise = self.noise.carried_on(state.noise)
+        self.memory = self.memory.restored(state.memory)
         self.throughput, self.switch_cost = state.throughput, state.switch_cost
 
 
@@ -48,6 +57,7 @@ class SavedState:
     plan: Plan
     noise: NoiseTracker
     throughput: ThroughputModel
+    memory: dict[str, Any]
     switch_cost: SwitchCost
 
 
@@ -71,5 +81,6 @@ def load_state(checkpoints: str | None, iteration: int | None = None) -> SavedSt
         plan=plan_from_json(state["plan"]),
         noise=NoiseTracker.from_json(state["noise"]),
         throughput=ThroughputModel.from_json(state["throughput"]),
+        memory=state["memory"],
         switch_cost=SwitchCost.from_json(state["switch_cost"]),
     )

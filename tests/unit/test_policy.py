@@ -133,7 +133,7 @@ def test_layout_changes_when_measurements_say_so() -> None:
     assert decision.chosen == Plan(PIPE, 1, 16)
     assert decision.gain == pytest.approx(0.25, abs=0.01)
     assert decision.horizon_s == pytest.approx(100_000 / 16, rel=0.01)
-    assert decision.reason.startswith("switch to dp1,pp4,mbs1,gbs16: gain 25")
+    assert decision.reason.startswith("switch to dp1,pp4,mbs1,gbs16: gain 24.9 %")
     assert COPUS.decide(situation(slow | {Plan(PIPE, 1, 16): 1.2}, known(32.0))).chosen == CURRENT
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from copus_ext.core.errors import UserError
@@ -15,10 +13,9 @@ from copus_ext.core.grouping import (
     why_unmeasurable,
     why_unmeasurable_in_a_run,
 )
-from copus_ext.core.memory import peak_bytes
 from copus_ext.core.model_shape import ModelShape
 from copus_ext.core.plan import Layout, Plan
-from copus_ext.core.space import parse_space, too_large
+from copus_ext.core.space import parse_space
 
 MODEL = ModelShape(layers=8, hidden=64, heads=8, kv_heads=8, ffn=256, vocab=512, seq=32)
 BASE = Plan(Layout(dp=4), 2, 16)
@@ -83,22 +80,6 @@ def test_norm_layers_are_measured_where_they_can_be_corrected() -> None:
     assert why_unmeasurable(one_micro_batch, "layernorm") is None, "eight sequences are eight groups"
     assert "one micro-batch" in (why_unmeasurable_in_a_run(one_micro_batch, "layernorm") or "")
     assert why_avoided(Plan(Layout(tp=4), 8, 8), Plan(Layout(dp=4), 1, 8), "layernorm")
-
-
-def test_memory_of_the_state_is_eighteen_bytes_a_parameter_in_bf16() -> None:
-    """fp32 gradient and main parameter, Adam's moments, bf16 parameter: 2 + 4 + 12, the last shared by ZeRO-1."""
-    large = replace(MODEL, layers=2, hidden=4096, ffn=16384, vocab=128, seq=1, param_bytes=2)
-    plain = peak_bytes(Plan(Layout(dp=4), 1, 4), large) / large.params
-    sharded = peak_bytes(Plan(Layout(dp=4, distributed_optimizer=True), 1, 4), large) / large.params
-    assert plain == pytest.approx(18, rel=0.01)
-    assert sharded == pytest.approx(6 + 12 / 4, rel=0.01)
-
-
-def test_splitting_a_model_makes_it_fit() -> None:
-    whole, split = Plan(Layout(dp=4), 1, 4), Plan(Layout(tp=2, pp=2), 1, 4)
-    room = (peak_bytes(whole, MODEL) + peak_bytes(split, MODEL)) / 2
-    assert too_large(split, MODEL, room / 0.9) is None
-    assert "GiB" in (too_large(whole, MODEL, room / 0.9) or "")
 
 
 @pytest.mark.parametrize(

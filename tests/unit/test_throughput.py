@@ -11,11 +11,12 @@ from copus_ext.core.hardware import shared_cpu
 from copus_ext.core.model_shape import ModelShape
 from copus_ext.core.plan import Layout, Plan
 from copus_ext.core.step_time import step_time_parts
-from copus_ext.core.throughput import COMMON_SD, PLAN_SD, STEP_SD, WINDOW, ThroughputModel
+from copus_ext.core.throughput import STEP_SD, WINDOW, ThroughputModel
 
 MODEL = ModelShape(layers=4, hidden=256, heads=8, kv_heads=8, ffn=1024, vocab=256, seq=64)
 HARDWARE = shared_cpu(cores=2, ranks=4, memory_bytes=24e9)
 PRIOR = ThroughputModel(MODEL, HARDWARE)
+KERNEL = PRIOR.kernel
 DATA = Plan(Layout(dp=4), 1, 8)
 PLANS = candidate_plans(DATA, MODEL, [4, 8, 16, 32], (1, 2, 4))
 
@@ -33,7 +34,12 @@ def observe(model: ThroughputModel, plan: Plan, seconds: float, steps: int = 30)
 def test_before_any_step_it_is_the_closed_form_and_hardly_sure_of_it() -> None:
     predictions = PRIOR.predict(PLANS)
     np.testing.assert_allclose(predictions.step_time_s, [prior_seconds(plan) for plan in PLANS])
-    np.testing.assert_allclose(predictions.log_sd, math.hypot(COMMON_SD, PLAN_SD))
+    low, high = (
+        math.hypot(KERNEL.common_sd, KERNEL.plan_sd),
+        math.hypot(KERNEL.common_sd, KERNEL.plan_sd, KERNEL.part_sd),
+    )
+    assert (low < predictions.log_sd).all()
+    assert (predictions.log_sd <= high).all()
     assert not predictions.observed_steps.any()
 
 
@@ -52,7 +58,7 @@ def test_observed_plans_are_interpolated_and_every_sd_shrinks() -> None:
 
 def test_a_machine_slower_than_thought_is_slower_everywhere_after_one_plan() -> None:
     predictions = observe(PRIOR, DATA, 5 * prior_seconds(DATA)).predict(PLANS)
-    np.testing.assert_allclose(predictions.step_time_s, [5 * prior_seconds(plan) for plan in PLANS], rtol=0.25)
+    np.testing.assert_allclose(predictions.step_time_s, [5 * prior_seconds(plan) for plan in PLANS], rtol=0.3)
 
 
 def test_plans_alike_are_known_better_than_plans_apart() -> None:
@@ -80,7 +86,7 @@ def test_the_ratio_of_two_plans_follows_from_the_covariance() -> None:
 def test_the_common_error_cancels_in_a_ratio() -> None:
     sd = PRIOR.predict(PLANS).log_ratio_sd(0)
     assert sd[0] == 0.0
-    assert sd.max() <= math.sqrt(2) * PLAN_SD < COMMON_SD
+    assert sd.max() <= math.sqrt(2) * math.hypot(KERNEL.plan_sd, KERNEL.part_sd) < KERNEL.common_sd
 
 
 def test_the_posterior_is_that_of_the_joint_normal() -> None:

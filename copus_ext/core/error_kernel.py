@@ -1,0 +1,78 @@
+"""How wrong the closed form of the step time may be, and which plans it is wrong about alike.
+
+The logarithm of measured / predicted step time is taken as a Gaussian process over plans with three parts: what all
+plans have in common (the machine is faster than thought); what goes with the share of the step that each component
+takes (its links are slower than thought: to first order ln t moves by share x ln multiplier); and what changes slowly
+with the plan itself. Plans that resemble each other err alike, so the ratio of two is known better than either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from copus_ext.core.plan_table import PlanTable
+from copus_ext.core.step_time import StepTimeParts
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What plans are compared by: [n, parts] shares of the predicted step time, [n, 10] coordinates of the plan."""
+
+    shares: Array
+    coordinates: Array
+
+    @classmethod
+    def of(cls, table: PlanTable, parts: StepTimeParts) -> Features:
+        """Of n plans and their predicted step times."""
+        sizes = (
+            table.tp,
+            table.pp,
+            table.micro_batch,
+            table.num_microbatches,
+            table.dp * table.cp,
+            table.vpp,
+            table.ep,
+        )
+        choices = (table.recompute, table.distributed_optimizer, table.sequence_parallel)
+        coordinates = np.stack([*(np.log2(size) for size in sizes), *(1.0 * choice for choice in choices)], axis=1)
+        total = parts.total
+        return cls(np.stack([part / total for part in parts.columns()], axis=1), coordinates)
+
+    def take(self, rows: slice | NDArray[np.int64]) -> Features:
+        """Some of the plans."""
+        return Features(self.shares[rows], self.coordinates[rows])
+
+
+@dataclass(frozen=True)
+class ErrorKernel:
+    """Standard deviations of ln(measured / predicted), and how far apart plans have to be to err independently.
+
+    But for ``common_sd``, the values are those that ``tools/fit_throughput.py`` finds in published measurements, where
+    ``lengths`` count doublings of tp, pp, micro-batch, micro-batches, dp x cp and vpp. ep and the three choices
+    (recompute, distributed optimizer, sequence parallel) vary too little there to tell: theirs are by hand.
+    """
+
+    common_sd: float = 1.0  # wide: the figures of a machine may be off by a factor of three
+    part_sd: float = 0.15  # of the logarithm of a component's multiplier
+    plan_sd: float = 0.17
+    lengths: tuple[float, ...] = (0.9, 2.3, 1.7, 4.0, 5.7, 2.2, 1.0, 1.0, 1.0, 1.0)
+
+    def between(self, left: Features, right: Features) -> Array:
+        """[n, m] covariance of the log errors of n plans with those of m others, before any measurement."""
+        parts = self.part_sd**2 * left.shares @ right.shares.T
+        return self.common_sd**2 + parts + self.plan_sd**2 * self.likeness(left, right)
+
+    def likeness(self, left: Features, right: Features) -> Array:
+        """[n, m] squared exponential of the distance in coordinates: 1 for the same plan."""
+        a, b = left.coordinates / np.array(self.lengths), right.coordinates / np.array(self.lengths)
+        square = np.sum(a**2, axis=1)[:, None] + np.sum(b**2, axis=1)[None, :] - 2.0 * a @ b.T
+        return np.asarray(np.exp(-0.5 * np.maximum(square, 0.0)))
+
+    def variance(self, features: Features) -> Array:
+        """[n] diagonal of :meth:`between`."""
+        return self.common_sd**2 + self.part_sd**2 * np.sum(features.shares**2, axis=1) + self.plan_sd**2

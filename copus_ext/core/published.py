@@ -1,0 +1,248 @@
+"""What published training runs say about the step time of another one: the closed form, its constants fitted, and how
+far runs on the same GPU, with the same software or by the same people were off it.
+
+ln(measured / closed form) of all points is one Gaussian process: deviations that points share with their GPU, their
+software and their source, each of the last two also by component, and one that changes slowly with plan and model among
+points of the same software. A new point is predicted by conditioning on all points that the fit has seen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from copus_ext.core.constants import FITTED, Constants, constants_from_json
+from copus_ext.core.error_kernel import Array, ErrorKernel, Features
+from copus_ext.core.hardware import Hardware
+from copus_ext.core.hardware_file import file_of_gpu, load_hardware
+from copus_ext.core.memory import peak_bytes
+from copus_ext.core.plan import Plan
+from copus_ext.core.plan_table import PlanTable
+from copus_ext.core.points import Point
+from copus_ext.core.step_time import step_times
+
+POINTS = FITTED.with_name("points.csv")
+_MICRO_BATCHES = (1, 2, 4)  # what a source that does not tell may have used
+_MOST_CHUNKS = 12
+_Z90 = 1.6449
+
+
+@dataclass(frozen=True)
+class PublishedKernel:
+    """Standard deviations of ln(measured / closed form) by what points share; ``lengths`` as in :class:`ErrorKernel`,
+    then doublings of the hidden size and of the sequence length.
+    """
+
+    gpu_sd: float = 0.05
+    stack_sd: float = 0.06
+    source_sd: float = 0.04
+    stack_part_sd: float = 0.15
+    source_part_sd: float = 0.08
+    fp8_sd: float = 0.1  # of 8-bit products
+    plan_sd: float = 0.06
+    noise_sd: float = 0.02
+    lengths: tuple[float, ...] = (1.5, 2.0, 2.0, 4.0, 4.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 2.0)
+
+    def of_a_run(self) -> ErrorKernel:
+        """What remains for a run by itself: its own deviations by component and by plan."""
+        part_sd = float(np.hypot(self.stack_part_sd, self.source_part_sd))
+        return ErrorKernel(part_sd=part_sd, plan_sd=self.plan_sd, lengths=self.lengths[:-2])
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The closed form at n points. Where a point leaves sizes open, the mean over what they may have been."""
+
+    log_s: Array  # [n] logarithm of the step time in seconds
+    shares: Array  # [n, parts]
+    coordinates: Array  # [n, 12] of plan and model
+    spread: Array  # [n] variance of log_s over what is open
+
+    def take(self, rows: NDArray[np.int64]) -> Expected:
+        """Some of the points."""
+        return Expected(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+
+def open_plans(point: Point) -> list[Plan]:
+    """The plans that a point may have been measured with: one, where it tells all sizes."""
+    stages, layers = point.layout.pp, point.model.layers
+    chunks = [v for v in range(1, _MOST_CHUNKS + 1) if v == 1 or layers % (stages * v) == 0]
+    plans = []
+    for micro_batch in [point.micro_batch] if point.micro_batch else _MICRO_BATCHES:
+        for vpp in [point.vpp] if point.vpp else chunks:
+            if point.global_batch % (micro_batch * point.layout.dp):
+                continue
+            plan = point.plan(micro_batch, vpp)
+            if point.vpp or vpp == 1 or plan.num_microbatches % stages == 0:
+                plans.append(plan)
+    return plans
+
+
+def usable(points: Iterable[Point | None]) -> list[Point]:
+    """Those that were measured and can be computed."""
+    return [point for point in points if point is not None and point.step_time_s and open_plans(point)]
+
+
+def hardware_of(point: Point) -> Hardware:
+    """The machine that a point was measured on."""
+    hardware = load_hardware(file_of_gpu(point.gpu))
+    nic = point.inter_node_bandwidth
+    return replace(hardware, inter_node_bandwidth=nic) if nic else hardware
+
+
+class Points:
+    """Points with what the constants do not change; those that share a model and a machine are computed at once."""
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        """Points without any plan that fits their sizes are refused: see :func:`open_plans`."""
+        self.points = tuple(points)
+        self._groups: dict[tuple[Any, ...], list[int]] = {}
+        for number, point in enumerate(points):
+            key = (point.model, point.gpu, point.options, point.inter_node_bandwidth)
+            self._groups.setdefault(key, []).append(number)
+        self._plans = [open_plans(point) for point in points]
+        self._tables = [self._table(rows) for rows in self._groups.values()]
+        self._hardware = [hardware_of(points[rows[0]]) for rows in self._groups.values()]
+
+    def _table(self, rows: list[int]) -> tuple[PlanTable, NDArray[np.int64]]:
+        firsts = np.cumsum([0] + [len(self._plans[row]) for row in rows[:-1]])
+        return PlanTable.of([plan for row in rows for plan in self._plans[row]]), firsts
+
+    @cached_property
+    def log_measured(self) -> Array:
+        """[n] logarithms of the measured step times; not a number where there is none."""
+        return np.log([point.step_time_s or np.nan for point in self.points])
+
+    def labels(self, name: str) -> NDArray[np.str_]:
+        """[n] ``gpu``, ``stack``, ``source`` or ``publisher`` of each point."""
+        return np.array([str(getattr(point, name)) for point in self.points])
+
+    @cached_property
+    def fp8(self) -> Array:
+        """[n] 1 for points with 8-bit products."""
+        return np.array([float(point.options.fp8) for point in self.points])
+
+    def expected(self, constants: Constants) -> Expected:
+        """The closed form with these constants."""
+        found: Expected | None = None
+        for rows, plans, hardware in zip(self._groups.values(), self._tables, self._hardware, strict=True):
+            one = _expected(self.points[rows[0]], *plans, constants.of(hardware))
+            if found is None:
+                found = Expected(*(np.zeros((len(self.points), *np.shape(x)[1:])) for x in vars(one).values()))
+            for name, values in vars(one).items():
+                getattr(found, name)[rows] = values
+        if found is None:
+            raise ValueError("there are no points")
+        return found
+
+    def memory(self) -> Array:
+        """[n] bytes on the fullest rank as computed; where sizes are open, the most of what they may have been."""
+        found = np.zeros(len(self.points))
+        for rows, (table, firsts) in zip(self._groups.values(), self._tables, strict=True):
+            point = self.points[rows[0]]
+            found[rows] = np.maximum.reduceat(peak_bytes(table, point.model, point.options), firsts)
+        return found
+
+
+def _expected(point: Point, table: PlanTable, firsts: NDArray[np.int64], hardware: Hardware) -> Expected:
+    """Of the points whose plans are ``table``; those of each begin at one of ``firsts``."""
+    model, options = point.model, point.options
+    parts = step_times(table, model, hardware, options)
+    features = Features.of(table, parts)
+    log_s = np.log(parts.total)
+    mean = _mean(log_s, firsts)
+    of_model = np.tile(np.log2([model.hidden, model.seq]), (mean.size, 1))
+    return Expected(
+        log_s=mean,
+        shares=_mean(features.shares, firsts),
+        coordinates=np.hstack([_mean(features.coordinates, firsts), of_model]),
+        spread=np.maximum(_mean(log_s**2, firsts) - mean**2, 0.0),
+    )
+
+
+def _mean(values: Array, firsts: NDArray[np.int64]) -> Array:
+    """Means of runs of rows, each beginning where ``firsts`` says."""
+    counts = np.diff(np.append(firsts, len(values)))
+    return np.asarray((np.add.reduceat(values, firsts, axis=0).T / counts).T)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of n points: median, 90 % interval and memory. The interval is one of the step time as it would be measured."""
+
+    step_time_s: Array
+    low_s: Array
+    high_s: Array
+    memory_bytes: Array
+
+
+@dataclass(frozen=True)
+class PublishedFit:
+    """Constants and kernel, and how much each point that they were fitted to counts: 1, less for outliers.
+
+    ``memory_bias``: by software, ln(measured / computed) memory; what its reports count beside tensors.
+    """
+
+    constants: Constants
+    kernel: PublishedKernel
+    weights: tuple[float, ...]
+    memory_bias: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; :func:`read_fit` is the inverse."""
+        return asdict(self)
+
+    def predict(self, known: Points, new: Points) -> Prediction:
+        """What ``known`` points, those of the fit in its order, say about ``new`` ones."""
+        old, fresh = known.expected(self.constants), new.expected(self.constants)
+        noise = np.diag(self.kernel.noise_sd**2 / np.array(self.weights) + old.spread)
+        within = covariance(self.kernel, known, old, known, old) + noise
+        mean, variance = condition(
+            within,
+            covariance(self.kernel, known, old, new, fresh),
+            np.diag(covariance(self.kernel, new, fresh, new, fresh)),
+            known.log_measured - old.log_s,
+        )
+        log_s = fresh.log_s + mean
+        sd = np.sqrt(variance + fresh.spread + self.kernel.noise_sd**2)
+        bias = np.array([self.memory_bias.get(stack, 0.0) for stack in new.labels("stack")])
+        return Prediction(
+            np.exp(log_s), np.exp(log_s - _Z90 * sd), np.exp(log_s + _Z90 * sd), new.memory() * np.exp(bias)
+        )
+
+
+def covariance(kernel: PublishedKernel, left: Points, a: Expected, right: Points, b: Expected) -> Array:
+    """[n, m] covariance of ln(measured / closed form) between n points and m others, without their noise."""
+    same = {name: left.labels(name)[:, None] == right.labels(name)[None, :] for name in ("gpu", "stack", "source")}
+    parts = a.shares @ b.shares.T
+    eight_bit = np.outer(left.fp8 * a.shares[:, 0], right.fp8 * b.shares[:, 0])
+    likeness = ErrorKernel(lengths=kernel.lengths).likeness(
+        Features(a.shares, a.coordinates), Features(b.shares, b.coordinates)
+    )
+    of_stack = kernel.stack_sd**2 + kernel.stack_part_sd**2 * parts + kernel.plan_sd**2 * likeness
+    of_source = kernel.source_sd**2 + kernel.source_part_sd**2 * parts
+    shared = same["gpu"] * kernel.gpu_sd**2 + same["stack"] * of_stack + same["source"] * of_source
+    return np.asarray(shared + kernel.fp8_sd**2 * eight_bit)
+
+
+def condition(within: Array, across: Array, prior: Array, residual: Array) -> tuple[Array, Array]:
+    """Mean [m] and variance [m] of a normal, given n others: ``within`` [n, n], ``across`` [n, m], ``prior`` [m]."""
+    factor = np.linalg.cholesky(within)
+    explained = np.linalg.solve(factor, across)
+    mean = explained.T @ np.linalg.solve(factor, residual)
+    return mean, np.maximum(prior - np.sum(explained**2, axis=0), 0.0)
+
+
+def read_fit(path: Path = FITTED) -> PublishedFit:
+    """The fit that the package ships, or another one."""
+    values = json.loads(path.read_text())
+    kernel = PublishedKernel(**{**values["kernel"], "lengths": tuple(values["kernel"]["lengths"])})
+    constants = constants_from_json(values["constants"])
+    return PublishedFit(constants, kernel, tuple(values["weights"]), values["memory_bias"])

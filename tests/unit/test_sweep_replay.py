@@ -1,0 +1,79 @@
+"""The online correction, on worlds whose truth is known: the closed form with other multipliers, and noise on top."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from copus_ext.core.candidates import candidate_plans
+from copus_ext.core.constants import fitted_constants
+from copus_ext.core.hardware import Hardware
+from copus_ext.core.hardware_file import load_hardware
+from copus_ext.core.model_shape import ModelShape
+from copus_ext.core.plan import Layout, Plan
+from copus_ext.core.points import read_points
+from copus_ext.core.published import POINTS, hardware_of, open_plans, usable
+from copus_ext.core.sweep_replay import Sweep, errors_after, predicted_best, regret_after
+from copus_ext.core.throughput import ThroughputModel
+
+MODEL = ModelShape(32, 4096, 32, 8, 14336, 128256, 4096, gated=True, tied=False, param_bytes=2, flash_attention=True)
+BASE = Plan(Layout(dp=32, sequence_parallel=True, distributed_optimizer=True), 1, 64)
+H100 = load_hardware("h100")
+PLANS = tuple(plan for plan in candidate_plans(BASE, MODEL, [64, 256], (1, 2, 4)) if plan.layout.tp <= 8)
+
+
+def world(hardware: Hardware, noise: float, seed: int) -> Sweep:
+    """What would be measured on ``hardware``, while H100s at their usual are expected."""
+    generator = np.random.default_rng(seed)
+    truth = ThroughputModel(MODEL, hardware).predict(PLANS).step_time_s
+    seconds = truth * np.exp(noise * generator.standard_normal(len(PLANS)))
+    return Sweep("world", ThroughputModel(MODEL, H100), PLANS, tuple(seconds.tolist()))
+
+
+def other_machine(seed: int) -> Hardware:
+    """H100s whose speeds and links are each off by some 20 %."""
+    draws = np.exp(0.2 * np.random.default_rng(seed).standard_normal(5))
+    names = ("flops", "node_flops", "memory_bandwidth", "intra_node_bandwidth", "inter_node_bandwidth")
+    values = dict(zip(names, draws.tolist(), strict=True)) | {"node_flops": float(draws[0])}
+    return replace(H100, **{name: getattr(H100, name) * factor for name, factor in values.items()})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_after_four_plans_the_others_are_known_within_three_percent(seed: int) -> None:
+    sweep = world(other_machine(seed), noise=0.01, seed=seed)
+    before = np.abs(sweep.prior.predict(PLANS).step_time_s / np.array(sweep.seconds) - 1.0)
+    errors, held = errors_after(sweep, observations=4, first=predicted_best(sweep))
+    assert np.median(errors) < 0.03
+    assert np.median(errors) < np.median(before)
+    assert np.mean(held) > 0.85
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_three_probes_find_a_plan_next_to_the_best(seed: int) -> None:
+    sweep = world(other_machine(10 + seed), noise=0.01, seed=seed)
+    assert regret_after(sweep, probes=3, first=predicted_best(sweep)) < 0.02
+    worst = int(np.argmax(sweep.per_sequence))
+    assert regret_after(sweep, probes=3, first=worst) < 0.05
+
+
+def test_published_sweeps_are_known_after_four_plans() -> None:
+    """The sweep over 47 layouts of vTrain, with all its noise, and 20 of a larger model."""
+    for name, limit in (("vtrain-39.1b", 0.05), ("vtrain-175.0b", 0.03)):
+        points = [point for point in usable(read_points(POINTS)) if point.row["sweep"] == name]
+        times = {open_plans(point)[0]: point.step_time_s or 0.0 for point in points}
+        hardware = fitted_constants().of(hardware_of(points[0]))
+        prior = ThroughputModel(points[0].model, hardware, options=points[0].options)
+        sweep = Sweep(name, prior, tuple(times), tuple(times.values()))
+        errors, held = errors_after(sweep, observations=4, first=predicted_best(sweep))
+        assert np.median(errors) < limit
+        assert np.mean(held) > 0.8
+        assert regret_after(sweep, probes=3, first=predicted_best(sweep)) < 0.02
+
+
+def test_a_machine_that_is_as_expected_leaves_nothing_to_correct() -> None:
+    sweep = world(H100, noise=0.0, seed=0)
+    errors, held = errors_after(sweep, observations=1, first=0)
+    assert errors.max() < 1e-6
+    assert held.all()

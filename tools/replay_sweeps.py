@@ -1,0 +1,100 @@
+"""Replay measured sweeps: the error of predictions after a few plans were observed, and the regret of the choice.
+
+    python tools/replay_sweeps.py [--table tests/data/cpu_sweep_4_ranks.csv]
+
+Of each sweep among the published points, the constants are fitted without its source first. Every plan of a sweep is
+the first one observed in turn. Prints JSON: by sweep ``median_error`` and ``coverage`` of the 90 % interval after
+``--observed`` plans, ``regret_of_first_choice`` of the plan predicted best, and ``mean_regret`` after ``--probes`` more.
+
+Needs scipy: pip install "copus-megatron[fit]".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from fit_throughput import START, Problem, constants_of, fit_constants
+
+from copus_ext.core.errors import UserError
+from copus_ext.core.hardware import shared_cpu
+from copus_ext.core.points import read_points
+from copus_ext.core.published import POINTS, Points, hardware_of, open_plans, read_fit, usable
+from copus_ext.core.sweep_replay import Sweep, errors_after, predicted_best, regret_after
+from copus_ext.core.throughput import ThroughputModel
+from copus_ext.core.throughput_table import read_table
+
+_LEAST_PLANS = 8
+_FIGURES = ("median_error", "coverage", "regret_of_first_choice", "regret_from_first_choice", "mean_regret")
+
+
+def published_sweeps() -> Iterator[Sweep]:
+    """Sweeps of at least eight plans among the package's points."""
+    fit = read_fit()
+    points = Points(usable(read_points(POINTS)))
+    problem = Problem(points, np.array(fit.weights))
+    sources, names = points.labels("source"), np.array([point.row["sweep"] for point in points.points])
+    for name in dict.fromkeys(names):
+        rows = np.flatnonzero(names == name)
+        if not name or rows.size < _LEAST_PLANS:
+            continue
+        others = np.flatnonzero(sources != sources[rows[0]])
+        constants = constants_of(fit_constants(problem, fit.kernel, START, others, 12))
+        own = [points.points[row] for row in rows]
+        times = {open_plans(point)[0]: point.step_time_s or 0.0 for point in own}
+        prior = ThroughputModel(
+            own[0].model, constants.of(hardware_of(own[0])), options=own[0].options, kernel=fit.kernel.of_a_run()
+        )
+        yield Sweep(str(name), prior, tuple(times), tuple(times.values()))
+
+
+def judge(sweep: Sweep, observed: int, probes: int) -> dict[str, Any]:
+    """The figures of one sweep."""
+    everyone = range(len(sweep.plans))
+    replays = [errors_after(sweep, observed, first) for first in everyone]
+    first = predicted_best(sweep)
+    return {
+        "plans": len(sweep.plans),
+        "median_error": float(np.mean([np.median(errors) for errors, _ in replays])),
+        "coverage": float(np.mean([np.mean(held) for _, held in replays])),
+        "regret_of_first_choice": regret_after(sweep, 0, first),
+        "regret_from_first_choice": regret_after(sweep, probes, first),
+        "mean_regret": float(np.mean([regret_after(sweep, probes, start) for start in everyone])),
+    }
+
+
+def measured_sweep(path: str) -> Sweep:
+    """The sweep of a table of ``tools/profile_throughput.py`` on shared CPU cores."""
+    table = read_table(path, "--table")
+    if table.subject is None:
+        raise UserError(f"--table {path} has no rows; make it with tools/profile_throughput.py")
+    ranks = table.subject.ranks
+    prior = ThroughputModel(table.subject.model, shared_cpu(cores=2, ranks=ranks, memory_bytes=24e9))
+    times = {plan: float(np.median(seconds)) for plan, seconds in table.step_times().items()}
+    return Sweep(path, prior, tuple(times), tuple(times.values()))
+
+
+def main() -> int:
+    """Replay all sweeps and print; 2 where a table can't be read."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="append", default=[], metavar="CSV", help="a table of measured step times")
+    parser.add_argument("--observed", type=int, default=4, metavar="N", help="plans observed before errors are taken")
+    parser.add_argument("--probes", type=int, default=3, metavar="N", help="plans tried after the first choice")
+    args = parser.parse_args()
+    try:
+        measured = [measured_sweep(path) for path in args.table]
+    except UserError as error:
+        print(f"replay_sweeps.py: {error}", file=sys.stderr)
+        return 2
+    found = {sweep.name: judge(sweep, args.observed, args.probes) for sweep in (*published_sweeps(), *measured)}
+    means = {name: float(np.mean([figures[name] for figures in found.values()])) for name in _FIGURES}
+    print(json.dumps({"sweeps": found, "mean_over_sweeps": means}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,8 @@
-"""What of a job's state is not a tensor of the model: step counts, loss scale, schedule position, random numbers."""
+"""What of a job's state is not a tensor of the model: step counts, loss scale, schedule position, random numbers.
+
+Ranks that had no part in the old job are told what they need to go on in the new one, by rank 0, which has a part in
+every job.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,14 @@ from megatron.core.optimizer import Adam
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.training.initialize import _set_random_seed
 
+from copus_ext.adapters.agreement import of_first_rank
 from copus_ext.adapters.job import Job
 from copus_ext.adapters.optimizer_shards import inner_optimizers
+from copus_ext.adapters.world import whole_world
 
 _NEVER_STEPPED = -1
+_PLAIN = (bool, int, float, str, type(None))
+_OWN = frozenset({"rank", "local_rank"})  # of each rank
 _SEED_RANGE = 2**31 - 2**20  # upstream adds small numbers per rank, and numpy's seeds end at 2^32
 
 
@@ -49,12 +57,30 @@ def set_optimizer_step(job: Job, step: int) -> None:
                 group["step"] = step
 
 
+def tell_where_it_stands(job: Job) -> None:
+    """Tell ranks that have no part in ``job`` how far it has come, so that they can go on from there in another one.
+
+    Their ``job.args`` are as rank 0's then, and ``job.scheduler`` is where that one's is. Collective over all
+    processes; nothing happens where all of them have a part.
+    """
+    if job.plan.layout.world_size == whole_world().size():
+        return
+    plain = {name: value for name, value in vars(job.args).items() if isinstance(value, _PLAIN) and name not in _OWN}
+    said, steps = of_first_rank((plain, job.scheduler.num_steps))
+    if not job.has_part:
+        vars(job.args).update(said)
+        job.scheduler.num_steps = steps
+
+
 def carry_grad_scaler(old: Job, new: Job) -> None:
-    """The loss scale and its counters, where there is a loss scale (fp16)."""
+    """The loss scale and its counters, where there is a loss scale (fp16). Collective over all processes."""
     scalers = [s for o in inner_optimizers(old.optimizer) if (s := getattr(o, "grad_scaler", None))]
+    state = copy.deepcopy(scalers[0].state_dict()) if scalers else None
+    if old.plan.layout.world_size < new.plan.layout.world_size:
+        state = of_first_rank(state)
     for wrapper in inner_optimizers(new.optimizer):
-        if scalers and getattr(wrapper, "grad_scaler", None):
-            wrapper.grad_scaler.load_state_dict(copy.deepcopy(scalers[0].state_dict()))
+        if state and getattr(wrapper, "grad_scaler", None):
+            wrapper.grad_scaler.load_state_dict(copy.deepcopy(state))
 
 
 def carry_scheduler(old: Job, new: Job) -> None:
@@ -101,14 +127,16 @@ class RngState:
         data-parallel rank, so that dropout masks of earlier steps do not come again, and replicas, which upstream
         starts with the same masks, do not share them.
         """
-        if _places() == self.places:
+        if _places() == self.places or not job.has_part:
             self.restore()
         else:
             _seed(job.args, iteration)
 
 
 def _places() -> tuple[int, ...]:
-    """Sizes of the active layout: they decide which rank stands where."""
+    """Sizes of the active layout: they decide which rank stands where. None on a rank that it leaves idle."""
+    if not parallel_state.model_parallel_is_initialized():
+        return ()
     return (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),

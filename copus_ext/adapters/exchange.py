@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from copus_ext.adapters.world import whole_world
 from copus_ext.core.geometry import strides
 from copus_ext.core.transfer import Holding, Transfer
 
@@ -52,6 +53,12 @@ class Scratch:
             self._memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         return self.nbytes - before
 
+    def release(self) -> int:
+        """Give all of it back, until the next :meth:`reserve`; the bytes that were freed."""
+        freed = self.nbytes
+        self._memory = torch.empty(0, dtype=torch.uint8, device=self.device)
+        return freed
+
     def take(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised 1-D tensor."""
         first, size = self._used, elements * dtype.itemsize
@@ -85,7 +92,7 @@ class Exchange:
 
     def __init__(self, transfers: Iterable[Transfer], old: Sequence[Piece], new: Sequence[Piece]) -> None:
         """``transfers``: of the round, of all ranks, in the order that all ranks have them in."""
-        rank = dist.get_rank()
+        rank = whole_world().rank()
         mine = [t for t in transfers if rank in (t.source, t.target)]
         self.taken = [t.taken for t in mine if t.source == rank]
         self.given = [t.given for t in mine if t.target == rank]
@@ -112,8 +119,9 @@ class Exchange:
         for message, buffer in buffers:
             if not message.is_direct(self._scratch.device):
                 _pack(message, buffer)
-        operations = [dist.P2POp(dist.isend, buffer, message.peer) for message, buffer in buffers]
-        operations += [dist.P2POp(dist.irecv, buffer, message.peer) for message, buffer in arrivals]
+        world = whole_world()
+        operations = [dist.P2POp(dist.isend, buffer, message.peer, world) for message, buffer in buffers]
+        operations += [dist.P2POp(dist.irecv, buffer, message.peer, world) for message, buffer in arrivals]
         works = dist.batch_isend_irecv(operations) if operations else []
         for transfer in self._local:
             pairs = zip(_views(self._new, transfer.given), _views(self._old, transfer.taken), strict=True)

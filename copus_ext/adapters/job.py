@@ -1,4 +1,8 @@
-"""A model with its optimizer, built by upstream for one plan."""
+"""A model with its optimizer, built by upstream for one plan.
+
+A plan's layout may be on part of the world (:mod:`copus_ext.adapters.world`). Ranks that it leaves idle have a
+:class:`Job` as well, of the same plan and arguments and with nothing in it: what goes through a job's parts finds none.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,14 +26,34 @@ from megatron.training.global_vars import set_args
 from megatron.training.training import setup_model_and_optimizer
 
 from copus_ext.adapters.hollow import WithoutMemory, empty
+from copus_ext.adapters.world import has_part
 from copus_ext.core.plan import Plan
+
+
+class NoOptimizer:
+    """In an optimizer's place on a rank that has no part in the job."""
+
+    chained_optimizers: tuple[Any, ...] = ()
+    param_groups: tuple[Any, ...] = ()
+
+
+class NoScheduler(SimpleNamespace):
+    """In the scheduler's place there. It only knows the job's place in the schedule, when that has been told."""
+
+    def __init__(self) -> None:
+        super().__init__(num_steps=0)
+
+    def step(self, increment: int) -> None:
+        """As upstream's, without learning rates to set."""
+        self.num_steps += increment
 
 
 @dataclass
 class Job:
     """What trains: upstream's objects for one plan on this rank.
 
-    ``model`` holds the DDP-wrapped chunks (one, or ``vpp`` of them); ``args`` are upstream's arguments for the plan.
+    ``model`` holds the DDP-wrapped chunks (one, or ``vpp`` of them; none where the rank has no part in the job);
+    ``args`` are upstream's arguments for the plan.
     """
 
     plan: Plan
@@ -39,6 +64,11 @@ class Job:
     scheduler: Any
     config: Any
     memory: dict[bool, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def has_part(self) -> bool:
+        """Whether anything of it is on this rank. If not, the rank has no step to make."""
+        return has_part(self.plan.layout.world_size)
 
     def ready(self) -> None:
         """Put what ``train()`` sets and takes away back to where a job that was just built has it."""
@@ -83,12 +113,16 @@ def build_job(
     Args:
         plan: the plan that ``args`` are for.
         args: validated arguments. ``args.load`` is obeyed: a checkpoint is loaded where it names one.
-        groups: the layout's process groups, which must be the active ones.
+        groups: the layout's process groups, which must be the active ones. On ranks that it leaves idle a job with
+            nothing in it comes out.
         initialise_weights: False builds a hollow job (:mod:`copus_ext.adapters.hollow`), for a reshard to fill.
             Models are then built by every rank for itself.
         when_models_are_built: called between the models and the optimizer, which is built by all ranks together.
+            Ranks that have no part in the job call it, too.
     """
     set_args(args)
+    if not has_part(plan.layout.world_size):
+        return _without_part(plan, args, groups, when_models_are_built or (lambda: None))
     model_config = gpt_config_from_args(args)
     if when_models_are_built is not None:
         model_config.post_wrap_hooks.append(partial(_call_and_pass_on, when_models_are_built))
@@ -105,6 +139,14 @@ def build_job(
             ModelType.encoder_or_decoder, cfg_container=container, pg_collection=groups, checkpointing_context={}
         )
     return Job(plan, args, groups, model, optimizer, scheduler, unwrap_model(model[0]).config)
+
+
+def _without_part(
+    plan: Plan, args: argparse.Namespace, groups: ProcessGroupCollection, when_models_are_built: Callable[[], None]
+) -> Job:
+    when_models_are_built()
+    args.iteration = args.num_floating_point_operations_so_far = 0  # as upstream does where it builds one
+    return Job(plan, args, groups, [], NoOptimizer(), NoScheduler(), SimpleNamespace())
 
 
 def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:

@@ -47,8 +47,10 @@ class JobMemory:
 
     @property
     def device(self) -> torch.device:
-        """Where the state lies."""
-        return next(self._job.model[0].parameters()).device
+        """Where the state lies, or would."""
+        parameters = (parameter for chunk in self._job.model for parameter in chunk.parameters())
+        example = next(parameters, None)
+        return torch.empty(0, device=torch.cuda.current_device()).device if example is None else example.device
 
     @property
     def is_held_elsewhere(self) -> bool:

@@ -113,6 +113,8 @@ def job_state(job: Job, *, with_moments: bool) -> JobState:
     Raises:
         UnsupportedReshard: a tensor that cannot be placed in logical coordinates.
     """
+    if not job.has_part:
+        return JobState()
     # The job's own group: without it, upstream asks parallel_state, where another layout may be active.
     placed = placed_tensors(job.model, job.groups.dp_cp)
     return state_of(placed, shards_of(job.optimizer), with_moments=with_moments)

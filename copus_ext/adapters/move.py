@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Iterable, Iterator
 
 import torch
-import torch.distributed as dist
 
 from copus_ext.adapters.agreement import added_up, first_said
 from copus_ext.adapters.arguments import first_line
@@ -15,6 +14,7 @@ from copus_ext.adapters.checksum import Checksums
 from copus_ext.adapters.exchange import Exchange, Scratch
 from copus_ext.adapters.job_memory import Side
 from copus_ext.adapters.phases import Phases
+from copus_ext.adapters.world import whole_world
 from copus_ext.core.streaming import Round, Stream, stream
 from copus_ext.core.transfer import plan_transfer
 
@@ -50,7 +50,7 @@ class Move:
         self._ledger, self._phases = ledger, phases
         self._staged = staged
         self._device = old.memory.device
-        self._rank = dist.get_rank()
+        self._rank = whole_world().rank()
         self._freed = [] if staged else old.freed_with(plan.released_by(self._rank))
         self._scratch = Scratch(self._device)
         self._sums = checksums.none()
@@ -62,30 +62,45 @@ class Move:
         Raises:
             MoveFailed: on all ranks alike, when it has been undone.
         """
-        for number, this in enumerate((*self._stream.rounds, None)):
-            exchange = self._prepared(number, this)
-            if failure := self._agree():  # on this round's memory, and on the last round's checksums
-                self._undo(max(0, number - 1))
-                raise MoveFailed(failure)
+        with self._phases("move"), self._heard_of():
+            self._begin()
+        for number, this in enumerate(self._stream.rounds):
+            exchange = self._prepared(this)
+            self._go_on_or_undo(max(0, number - 1))  # on this round's memory, and on the last round's checksums
             if number:
                 self._release(number)
             if exchange is not None:
                 self._carry_out(exchange)
-        self._ledger.add(-self._scratch.nbytes)
+        count = len(self._stream.rounds)
+        self._go_on_or_undo(max(0, count - 1))
+        self._release(count)
+        self._finish()
+        self._go_on_or_undo(count)
 
-    def _prepared(self, number: int, this: Round | None) -> Exchange | None:
-        """Memory for a round, or for what comes behind the last one, where ``this`` is none."""
+    def _prepared(self, this: Round) -> Exchange | None:
+        """Memory for a round; ``None`` where there is none."""
         exchange = None
         with self._phases("move"), self._heard_of():
-            if number == 0:
-                self._begin()
-            if this is None:
-                self._ledger.add(self._new.memory.fill())
-            else:
-                exchange = Exchange(this.transfers, self._old.pieces, self._new.pieces)
-                self._ledger.add(self._new.memory.kept.fill(self._new.of(held.piece for held in exchange.given)))
-                self._ledger.add(exchange.prepare(self._scratch))
+            exchange = Exchange(this.transfers, self._old.pieces, self._new.pieces)
+            self._ledger.add(self._new.memory.kept.fill(self._new.of(held.piece for held in exchange.given)))
+            self._ledger.add(exchange.prepare(self._scratch))
         return exchange
+
+    def _finish(self) -> None:
+        """Memory for what comes behind the last round, when nothing is left of the old job."""
+        with self._phases("move"), self._heard_of():
+            self._ledger.add(-self._scratch.release())
+            self._ledger.add(self._new.memory.fill())
+
+    def _go_on_or_undo(self, ready: int) -> None:
+        """Agree that all is well so far; ``ready`` rounds are known to be right, and their sources gone.
+
+        Raises:
+            MoveFailed: it is not, and has been undone.
+        """
+        if failure := self._agree():
+            self._undo(ready)
+            raise MoveFailed(failure)
 
     @contextlib.contextmanager
     def _heard_of(self) -> Iterator[None]:
@@ -138,7 +153,8 @@ class Move:
             self._old.unstage()
             return
         lost, held = self._stream.lost_after(ready), self._stream.held_after(ready)
-        back = stream(plan_transfer(held, lost, partial=True), held, lost, self._stream.limit_bytes)
+        limit, weights_first = self._stream.limit_bytes, self._stream.weights_first
+        back = stream(plan_transfer(held, lost, partial=True), held, lost, limit, weights_first=weights_first)
         first = self._stream.first_new(self._rank)
         there, kept = self._new.memory, self._new.memory.kept
         there.gradients.empty()

@@ -1,4 +1,4 @@
-"""Move a job's weights and optimizer state into another job on the same ranks, bit-exactly, through memory alone.
+"""Move a job's weights and optimizer state into another job in the same processes, bit-exactly, through memory alone.
 
     old, new = job in layout A, job built with ``initialise_weights=False`` in layout B
     report = reshard(old, new)
@@ -6,6 +6,9 @@
 
 The state is moved, not copied: memory of ``old`` is given back as ``new`` fills, and no rank ever holds both. After it
 ``old`` is hollow, and can be the ``new`` of another one. When anything fails, ``old`` is as it was and ``new`` hollow.
+
+Either job may be on part of the world (:mod:`copus_ext.adapters.world`): a rank that has no part in it has nothing to
+give, or gets nothing, and makes the same calls.
 """
 
 from __future__ import annotations
@@ -14,11 +17,10 @@ import os
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 
 from copus_ext.adapters.agreement import first_failure, largest
 from copus_ext.adapters.blueprint import holdings_of_layout
-from copus_ext.adapters.carry import carry_grad_scaler, optimizer_step, set_optimizer_step
+from copus_ext.adapters.carry import carry_grad_scaler, optimizer_step, set_optimizer_step, tell_where_it_stands
 from copus_ext.adapters.checksum import Checksums
 from copus_ext.adapters.job import Job
 from copus_ext.adapters.job_memory import JobMemory, Side
@@ -27,6 +29,7 @@ from copus_ext.adapters.move import Ledger, Move, MoveFailed
 from copus_ext.adapters.optimizer_shards import MOST_MOMENTS, inner_optimizers
 from copus_ext.adapters.phases import Phases
 from copus_ext.adapters.staging import has_to_be_staged
+from copus_ext.adapters.world import whole_world
 from copus_ext.core.plan import Layout
 from copus_ext.core.streaming import Stream, default_limit, stream
 from copus_ext.core.transfer import Holding, TransferError, plan_transfer
@@ -34,6 +37,7 @@ from copus_ext.core.transfer import Holding, TransferError, plan_transfer
 __all__ = ["MoveFailed", "PlanCache", "ReshardReport", "UnsupportedReshard", "plan_reshard", "reshard"]
 
 _KEPT_MOVES = 32
+_PARTS = 3  # of a round, where the room that gradients leave goes to a buffer of weights, and packing needs some too
 _Way = tuple[Layout, Layout, bool, int | None]  # from, to, with the optimizer's moments, bytes of a round
 
 
@@ -77,13 +81,15 @@ def reshard(
     chunk_bytes: int | None = None,
     staged: bool | None = None,
 ) -> ReshardReport:
-    """Give ``new`` the weights, optimizer state, step count and loss scale of ``old``. Collective over all ranks.
+    """Give ``new`` the weights, optimizer state, step count and loss scale of ``old``. Collective over all processes.
 
     Hyper-parameters (learning rate, betas, weight decay) are ``new``'s own: they come from its plan's arguments.
 
     Args:
-        old: a job between two steps.
-        new: a job of the same model and precision in any layout on the same ranks; what it holds is lost.
+        old: a job between two steps. Ranks that have no part in it are told where it stands
+            (:func:`~copus_ext.adapters.carry.tell_where_it_stands`), so that they carry on what the others carry on.
+        new: a job of the same model and precision in any layout, with as many ranks, fewer or more; what it holds is
+            lost.
         plans: keeps what is planned, so that going between the same two layouts again costs no planning.
         chunk_bytes: what a rank handles at most at a time; a 4th of its state up to 64 MiB where it is not given.
         staged: take what is held through pinned host memory, for which a rank must have room there; where it is not
@@ -98,6 +104,7 @@ def reshard(
     with phases("plan"):
         _refuse_uncovered(old, new)
         _finish_parameter_gathers(old)
+        tell_where_it_stands(old)
         step = largest(optimizer_step(old))
         plan, checksums = _planned(old, new, step >= 0, plans or PlanCache(), chunk_bytes)
         before, after = old.memory[step >= 0], new.memory[step >= 0]
@@ -157,39 +164,38 @@ def _planned(
         if key not in plans.moves:
             plan = plan_transfer(before, after, ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
             checksums = Checksums(plan.keys, after, MOST_MOMENTS, old.memory[with_moments].device)
-            chunk = chunk_bytes or default_limit(before, after) // _share_of_slack(old, new)
-            plans.keep(key, (stream(plan, before, after, chunk), checksums))
+            in_one_buffer = _weights_in_one_buffer(old) or _weights_in_one_buffer(new)
+            chunk = chunk_bytes or default_limit(before, after) // (_PARTS if in_one_buffer else 1)
+            moving = stream(plan, before, after, chunk, weights_first=in_one_buffer)
+            plans.keep(key, (moving, checksums))
     except (UnsupportedReshard, TransferError) as error:
-        failure = f"rank {dist.get_rank()}: {error}"
+        failure = f"rank {whole_world().rank()}: {error}"
     except Exception as error:  # the other ranks must hear of anything, or they wait forever
-        failure = f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+        failure = f"rank {whole_world().rank()}: {type(error).__name__}: {error}"
     if said := first_failure(failure):
         raise UnsupportedReshard(said)
     return plans.moves[key]
 
 
-def _share_of_slack(old: Job, new: Job) -> int:
-    """Into how many parts what gradients leave free has to be cut: rounds must not take all of it where weights do.
-
-    In fp32 a distributed optimizer's weights lie in one buffer, which goes with the last of them and comes with the
-    first.
-    """
-    in_one_buffer = any(
-        job.args.use_distributed_optimizer and not (job.args.bf16 or job.args.fp16) for job in (old, new)
-    )
-    return 4 if in_one_buffer else 1
+def _weights_in_one_buffer(job: Job) -> bool:
+    """A distributed optimizer's weights in fp32: memory for all of them comes with the first and goes with the last."""
+    return bool(job.args.use_distributed_optimizer and not (job.args.bf16 or job.args.fp16))
 
 
 def _held_by_all(job: Job, with_moments: bool, plans: PlanCache) -> list[list[Holding]]:
-    """By rank, what the job's layout holds; and this rank's memory, if it was not looked at before."""
+    """By rank, what the job's layout holds; and this rank's memory, if it was not looked at before.
+
+    Ranks of the world that are not the layout's hold nothing.
+    """
     if with_moments not in job.memory or not job.memory[with_moments].is_current:
         job.memory[with_moments] = JobMemory(job, with_moments=with_moments)
     key = (job.plan.layout, with_moments)
     if key not in plans.holdings:
-        plans.holdings[key] = holdings_of_layout(job.plan, job.args, with_moments=with_moments)
+        held = holdings_of_layout(job.plan, job.args, with_moments=with_moments)
+        plans.holdings[key] = held + [[] for _ in range(len(held), whole_world().size())]
     if job.memory[with_moments].is_held_elsewhere:
         raise UnsupportedReshard(f"memory of a job of {job.plan.layout} is shared with something outside of torch")
-    if job.memory[with_moments].state.holdings != plans.holdings[key][dist.get_rank()]:
+    if job.memory[with_moments].state.holdings != plans.holdings[key][whole_world().rank()]:
         raise UnsupportedReshard(f"a job of {job.plan.layout} holds something else than its layout says")
     return plans.holdings[key]
 

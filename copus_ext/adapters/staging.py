@@ -6,10 +6,10 @@ import os
 
 import psutil
 import torch
-import torch.distributed as dist
 
 from copus_ext.adapters.agreement import largest
 from copus_ext.adapters.job_memory import Side
+from copus_ext.adapters.world import whole_world
 from copus_ext.core.streaming import Stream
 
 
@@ -18,7 +18,7 @@ def has_to_be_staged(plan: Stream, old: Side, new: Side) -> bool:
 
     Gradients and derived weights of the old job must be gone.
     """
-    short = extra_bytes(plan, old, new, dist.get_rank()) > free_bytes(old.memory.device)
+    short = extra_bytes(plan, old, new, whole_world().rank()) > free_bytes(old.memory.device)
     return bool(largest(int(short)))
 
 

@@ -2,7 +2,8 @@
 
 Transfers go in rounds of bounded size. What a rank held before is released as soon as nobody reads it any more. Which
 tensors come first decides how much a rank holds in between: the order is the greedy one, that takes next the tensor
-that leaves the fullest rank least full.
+that leaves the fullest rank least full. Where a rank's weights lie in one buffer, all weights go before all moments:
+the buffer is taken with the first of them and let go with the last, and no moments should arrive in between.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Stream:
     unread: tuple[tuple[int, ...], ...]
     rounds: tuple[Round, ...]
     limit_bytes: int
+    weights_first: bool
 
     def lost_after(self, count: int) -> list[list[Holding]]:
         """By rank, what it held before and has released by the end of the first ``count`` rounds."""
@@ -66,7 +68,9 @@ class Stream:
         return [self.unread[rank], *(done.released[rank] for done in self.rounds)]
 
 
-def stream(plan: TransferPlan, old: Holdings, new: Holdings, limit_bytes: int) -> Stream:
+def stream(
+    plan: TransferPlan, old: Holdings, new: Holdings, limit_bytes: int, *, weights_first: bool = False
+) -> Stream:
     """Put a plan's transfers in order and cut them into rounds.
 
     Args:
@@ -74,9 +78,16 @@ def stream(plan: TransferPlan, old: Holdings, new: Holdings, limit_bytes: int) -
         old: by rank, what it holds now.
         new: by rank, what it will hold.
         limit_bytes: what a rank handles at most in one round; see :func:`default_limit`.
+        weights_first: all weights, then all else. Otherwise what belongs to one parameter goes together, since what
+            the optimizer keeps of it is let go at once.
     """
     place = {name: number for number, name in enumerate(_order(old, new))}
-    ordered = sorted(plan.transfers, key=lambda t: place[_tensor(t.given.key)])
+
+    def turn(transfer: Transfer) -> tuple[bool, int]:
+        kind, _, name = transfer.given.key.partition(":")
+        return weights_first and kind != "weight", place[name]
+
+    ordered = sorted(plan.transfers, key=turn)
     batches = list(rounds(ordered, limit_bytes))
     last_read: list[dict[int, int]] = [{} for _ in old]
     for number, batch in enumerate(batches):
@@ -88,7 +99,7 @@ def stream(plan: TransferPlan, old: Holdings, new: Holdings, limit_bytes: int) -
         for piece, number in reads.items():
             ends[number][rank].append(piece)
     done = (Round(tuple(b), tuple(map(tuple, e))) for b, e in zip(batches, ends, strict=True))
-    return Stream(plan, old, new, unread, tuple(done), limit_bytes)
+    return Stream(plan, old, new, unread, tuple(done), limit_bytes, weights_first)
 
 
 def rounds(transfers: Iterable[Transfer], limit_bytes: int) -> Iterator[list[Transfer]]:
@@ -135,7 +146,7 @@ def default_limit(old: Holdings, new: Holdings) -> int:
 
 
 def _tensor(key: str) -> str:
-    """A parameter's weight and moments belong together: what the optimizer keeps of it is let go at once."""
+    """A parameter's weight and its moments are of one tensor."""
     return key.partition(":")[2]
 
 

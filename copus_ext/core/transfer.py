@@ -1,4 +1,4 @@
-"""Who sends what to whom when a job's tensors go from one layout to another on the same ranks.
+"""Who sends what to whom when a job's tensors go from one layout to another, on the same ranks, fewer or more.
 
 What a rank holds is a list of :class:`Holding`: boxes of logical tensors, with where they lie on the rank. Replicas (of
 data parallelism, of tied embeddings) are simply more holders. From the holdings of all ranks before and after, every

@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core.num_microbatches_calculator import reconfigure_num_microbatches_calculator
 from megatron.training.global_vars import set_args
 
 from copus_ext.adapters.agreement import first_failure
 from copus_ext.adapters.arguments import arguments_for, first_line
-from copus_ext.adapters.carry import RngState, carry_scheduler
+from copus_ext.adapters.carry import RngState, carry_scheduler, tell_where_it_stands
 from copus_ext.adapters.job import Job, build_job
 from copus_ext.adapters.job_memory import gradients
 from copus_ext.adapters.layouts import LayoutGroups
 from copus_ext.adapters.phases import Phases
 from copus_ext.adapters.reshard import MoveFailed, PlanCache, UnsupportedReshard, plan_reshard, reshard
+from copus_ext.adapters.world import whole_world
 from copus_ext.core.plan import Layout, Plan
 from copus_ext.run.progress import carry_progress
 
@@ -69,7 +69,12 @@ def _without_collecting_garbage() -> Iterator[None]:
 
 
 class Switcher:
-    """Takes a run's job from plan to plan. Jobs that were left stay, hollow, so that going back builds nothing."""
+    """Takes a run's job from plan to plan. Jobs that were left stay, hollow, so that going back builds nothing.
+
+    A plan may have fewer ranks than there are processes. Those that it leaves idle make the same calls as the others,
+    in the same order, and wait in the next one for them, which torch lets them do for the time-out of the default
+    group.
+    """
 
     def __init__(self, raw: argparse.Namespace, layouts: LayoutGroups) -> None:
         """``raw``: upstream's arguments before validation. ``layouts``: the process groups of layouts used so far."""
@@ -80,7 +85,7 @@ class Switcher:
 
     @_without_collecting_garbage()
     def switch(self, job: Job, plan: Plan, overrides: dict[str, Any]) -> tuple[Job, SwitchReport]:
-        """Go from the job's plan to ``plan``. Collective over all ranks.
+        """Go from the job's plan to ``plan``. Collective over all processes.
 
         Args:
             job: what trains now, between two steps.
@@ -119,7 +124,9 @@ class Switcher:
 
     @_without_collecting_garbage()
     def prepare(self, job: Job, plan: Plan, overrides: dict[str, Any]) -> None:
-        """Make ahead of time what a switch to ``plan`` takes: groups, a hollow job, the transfer plan. Collective.
+        """Make ahead of time what a switch to ``plan`` takes: groups, a hollow job, the transfer plan.
+
+        Collective over all processes.
 
         Between two steps of ``job``, which stays in charge. Arguments as of :meth:`switch`.
 
@@ -144,6 +151,7 @@ class Switcher:
 
     def _arguments(self, job: Job, plan: Plan, overrides: dict[str, Any]) -> argparse.Namespace:
         args = _agreed(lambda _: arguments_for(self._raw, plan, **overrides), f"the arguments of {plan}")
+        tell_where_it_stands(job)
         carry_progress(job.args, args)
         return args
 
@@ -263,6 +271,6 @@ def _agreed[Result](step: Callable[[Callable[[], None]], Result], what: str) -> 
     except _PeerFailed as failure:
         raise SwitchFailed(f"{what}: {failure}") from None
     except Exception as error:  # whatever it is: the others wait for this rank
-        failure_here = first_failure(f"rank {dist.get_rank()}: {first_line(error)}")
+        failure_here = first_failure(f"rank {whole_world().rank()}: {first_line(error)}")
         raise SwitchFailed(f"{what}: {failure_here}") from error
     return result

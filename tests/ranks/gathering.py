@@ -1,4 +1,7 @@
-"""Logical tensors of a job, put together from all ranks, and checked to be the same on all that hold them."""
+"""Logical tensors of a job, put together from all ranks, and checked to be the same on all that hold them.
+
+Ranks that have no part in the job get them, too.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +43,10 @@ def _together(mine: list[tuple[str, tuple[int, ...], Any]]) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    from copus_ext.adapters.world import whole_world
+
+    everyone: list[Any] = [None] * whole_world().size()
+    dist.all_gather_object(everyone, mine, group=whole_world())
     found: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
     for name, offset, tensor in (part for parts in everyone for part in parts):
         found.setdefault(name, []).append((offset, tensor))

@@ -21,16 +21,21 @@ def build(layouts: Any, raw: Any, plan: Plan, *, initialise_weights: bool = True
 
 
 def train_steps(job: Any, layouts: Any, count: int, first_sample: int = 0) -> list[float]:
-    """``count`` steps of ``job`` on samples that do not depend on the layout; each step's loss, on every rank."""
+    """``count`` steps of ``job`` on samples that do not depend on the layout; each step's loss, on its ranks."""
+    return [loss for loss, _ in losses_and_norms(job, layouts, count, first_sample)]
+
+
+def losses_and_norms(job: Any, layouts: Any, count: int, first_sample: int = 0) -> list[tuple[float, float]]:
+    """The same, with the gradient's norm. None on ranks that have no part in the job."""
     import torch
 
     from copus_ext.run.switch import put_in_charge
 
     put_in_charge(job, layouts)
-    losses = []
-    for number in range(count):
+    found = []
+    for number in range(count if job.has_part else 0):
         step = one_step(job, first_sample + number * job.plan.global_batch)
         known = torch.tensor([step.loss or 0.0, step.loss is not None], dtype=torch.float64)
         torch.distributed.all_reduce(known)
-        losses.append(float(known[0] / known[1]))
-    return losses
+        found.append((float(known[0] / known[1]), float(step.grad_norm or 0.0)))
+    return found

@@ -11,7 +11,9 @@ from unittest import mock
 import pytest
 
 from copus_ext.core.plan import Layout, Plan, parse_plan
+from tests.ranks.faults import damage, no_memory, no_memory_behind
 from tests.ranks.harness import run_ranks, skip_without_packages
+from tests.ranks.moving import equal, finish_gathers, is_hollow, moved, on_this_rank, seeded, start
 
 _BASE = Plan(Layout(dp=4), micro_batch=1, global_batch=4)
 _GATED = "--swiglu --group-query-attention --num-query-groups 2 --disable-bias-linear "
@@ -57,46 +59,24 @@ WALKS = {
 }
 
 
-def _start(flags: str, plan: Plan) -> tuple[Any, Any]:
-    """Upstream up, and random numbers the same for every job that is built."""
-    import torch
-
-    from tests.ranks.tiny import raw_arguments, start_upstream
-
-    torch.compiler.set_stance("force_eager")
-    gc.freeze()
-    raw = raw_arguments(flags)
-    _, layouts, _ = start_upstream(raw, plan)
-    return raw, layouts
-
-
-def _seeded(layouts: Any, raw: Any, plan: Plan) -> Any:
-    import torch
-
-    from tests.ranks.steps import build
-
-    torch.manual_seed(raw.seed)
-    return build(layouts, raw, plan)
-
-
 def _walk(walk: Walk) -> dict[str, Any]:
     from copus_ext.adapters.reshard import PlanCache
     from tests.ranks.gathering import full_state, full_weights, same
     from tests.ranks.steps import train_steps
 
     plans = walk.parsed()
-    raw, layouts = _start(walk.flags, plans[0])
-    twin, uninterrupted = (train_steps(_seeded(layouts, raw, plan), layouts, 4)[2:] for plan in plans[1::-1])
-    second = _seeded(layouts, raw, plans[0])
+    raw, layouts = start(walk.flags, plans[0])
+    twin, uninterrupted = (train_steps(seeded(layouts, raw, plan), layouts, 4)[2:] for plan in plans[1::-1])
+    second = seeded(layouts, raw, plans[0])
     train_steps(second, layouts, 2)
-    job = _seeded(layouts, raw, plans[0])
+    job = seeded(layouts, raw, plans[0])
     train_steps(job, layouts, 2)
-    _finish_gathers(job)
-    state, weights, home = full_state(job), full_weights(job), _on_this_rank(job)
+    finish_gathers(job)
+    state, weights, home = full_state(job), full_weights(job), on_this_rank(job)
     reports, kept, left, cache = [], [], {}, PlanCache()
     for number, plan in enumerate(plans[1:]):
         left[job.plan.layout] = job
-        job, report = _moved(
+        job, report = moved(
             job,
             plan,
             raw,
@@ -108,11 +88,12 @@ def _walk(walk: Walk) -> dict[str, Any]:
         )
         reports.append(report)
         kept.append(same(full_state(job), state) and same(full_weights(job), weights) and _buffers_are_whole(job))
-    second, _ = _moved(second, plans[1], raw, layouts, {})
+    second, _ = moved(second, plans[1], raw, layouts, {})
     return {
         "kept": kept,
+        "extra": [(report.peak_extra_bytes, report.state_bytes) for report in reports[::2]],  # in small rounds
         "bytes": [(report.bytes_moved, report.bytes_minimum) for report in reports],
-        "home": _equal(home, _on_this_rank(job)),
+        "home": equal(home, on_this_rank(job)),
         "twin": twin,
         "switched": train_steps(second, layouts, 2, first_sample=8),
         "uninterrupted": uninterrupted,
@@ -122,46 +103,11 @@ def _walk(walk: Walk) -> dict[str, Any]:
     }
 
 
-def _moved(job: Any, plan: Plan, raw: Any, layouts: Any, left: dict[Layout, Any], **options: Any) -> tuple[Any, Any]:
-    """The job under ``plan``, in one that was ``left`` in its layout where there is one, and how it got there."""
-    from copus_ext.adapters.carry import carry_scheduler
-    from copus_ext.adapters.reshard import reshard
-    from tests.ranks.steps import build
-
-    new = left.pop(plan.layout, None) or build(layouts, raw, plan, initialise_weights=False)
-    layouts.activate(plan.layout, new.args)
-    report = reshard(job, new, **options)
-    carry_scheduler(job, new)
-    return new, report
-
-
 def _buffers_are_whole(job: Any) -> bool:
     """Down to the padding, which no parameter reaches."""
     buffers = [b for chunk in job.model for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     tensors = [t for buffer in buffers for t in (buffer.param_data, buffer.grad_data) if t is not None]
     return all(t.untyped_storage().nbytes() >= t.numel() * t.element_size() for t in tensors)
-
-
-def _finish_gathers(job: Any) -> None:
-    if job.args.overlap_param_gather:
-        for chunk in job.model:
-            chunk.start_param_sync(force_sync=True)
-
-
-def _on_this_rank(job: Any) -> list[Any]:
-    """Copies of all that a job keeps, without gathering."""
-    from copus_ext.adapters.carry import optimizer_step
-    from copus_ext.adapters.job_state import job_state
-
-    tensors = [t for piece in job_state(job, with_moments=optimizer_step(job) >= 0).pieces for t in piece.tensors]
-    tensors += [parameter for chunk in job.model for parameter in chunk.parameters()]
-    return [tensor.detach().clone() for tensor in tensors]
-
-
-def _equal(left: list[Any], right: list[Any]) -> bool:
-    import torch
-
-    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 @pytest.mark.parametrize("name", WALKS)
@@ -175,6 +121,7 @@ def test_walk_keeps_every_bit(name: str) -> None:
         assert result["home"]
         assert all(moved == least for moved, least in result["bytes"])
         assert any(moved for moved, _ in result["bytes"])
+        assert all(extra <= 0.1 * state for extra, state in result["extra"])
         assert result["switched"] == pytest.approx(result["twin"], rel=tolerance)
         assert result["switched"] == pytest.approx(result["uninterrupted"], rel=tolerance)
         assert result["returned"] == result["uninterrupted"]
@@ -190,8 +137,8 @@ def _every_pair(world: int, flags: str, words: str) -> tuple[int, list[str]]:
 
     base = Plan(Layout(dp=world), micro_batch=1, global_batch=8)
     plans = [parse_plan(one, base) for one in words.split()]
-    raw, layouts = _start(flags, plans[0])
-    job = _seeded(layouts, raw, plans[0])
+    raw, layouts = start(flags, plans[0])
+    job = seeded(layouts, raw, plans[0])
     train_steps(job, layouts, 1)
     state, weights = full_state(job), full_weights(job)
     left: dict[Layout, Any] = {}
@@ -200,7 +147,7 @@ def _every_pair(world: int, flags: str, words: str) -> tuple[int, list[str]]:
         for plan in (old, new):
             if plan.layout != job.plan.layout:
                 left[job.plan.layout] = job
-                job, report = _moved(job, plan, raw, layouts, left, plans=cache)
+                job, report = moved(job, plan, raw, layouts, left, plans=cache)
         pairs += 1
         kept = same(full_state(job), state) and same(full_weights(job), weights)
         if not kept or report.bytes_moved != report.bytes_minimum:
@@ -228,12 +175,12 @@ def _edges() -> dict[str, Any]:
     from tests.ranks.steps import build, train_steps
 
     plans = [parse_plan(words, _BASE) for words in ("tp2,dp2", "pp2,dp2,zero1")]
-    raw, layouts = _start("", plans[0])
-    old = _seeded(layouts, raw, plans[0])
+    raw, layouts = start("", plans[0])
+    old = seeded(layouts, raw, plans[0])
     before = full_state(old)
-    new, _ = _moved(old, plans[1], raw, layouts, {})
+    new, _ = moved(old, plans[1], raw, layouts, {})
     found: dict[str, Any] = {"fresh": same(full_state(new), before)}
-    old, _ = _moved(new, plans[0], raw, layouts, {plans[0].layout: old})
+    old, _ = moved(new, plans[0], raw, layouts, {plans[0].layout: old})
     train_steps(old, layouts, 1)
     layouts.activate(new.plan.layout, new.args)
     found["planned"] = _plans_there_and_back(module, old, new)
@@ -327,85 +274,20 @@ def _faults(flags: str, words: str, staged: bool) -> list[tuple[str, bool, bool]
     from tests.ranks.steps import build, train_steps
 
     plans = [parse_plan(one, _BASE) for one in words.split()]
-    raw, layouts = _start(flags, plans[0])
-    twin = train_steps(_seeded(layouts, raw, plans[0]), layouts, 3)
-    job = _seeded(layouts, raw, plans[0])
+    raw, layouts = start(flags, plans[0])
+    twin = train_steps(seeded(layouts, raw, plans[0]), layouts, 3)
+    job = seeded(layouts, raw, plans[0])
     train_steps(job, layouts, 2)
-    before, seen = _on_this_rank(job), []
-    for fault, rounds in ((_no_memory, (0, 1, 4)), (_damage, (0, 1, 4)), (_no_memory_behind, (0,))):
+    before, seen = on_this_rank(job), []
+    for fault, rounds in ((no_memory, (0, 1, 4)), (damage, (0, 1, 4)), (no_memory_behind, (0,))):
         for at in rounds:
             new = build(layouts, raw, plans[1], initialise_weights=False)
             with fault(at), pytest.raises(MoveFailed) as failure:
-                _moved(job, plans[1], raw, layouts, {plans[1].layout: new}, chunk_bytes=100_000, staged=staged)
-            seen.append((str(failure.value), _equal(before, _on_this_rank(job)), _is_hollow(new)))
+                moved(job, plans[1], raw, layouts, {plans[1].layout: new}, chunk_bytes=100_000, staged=staged)
+            seen.append((str(failure.value), equal(before, on_this_rank(job)), is_hollow(new)))
     after = train_steps(job, layouts, 1, first_sample=8)
     seen.append(("trains on", after == twin[2:], True))
     return seen
-
-
-def _is_hollow(job: Any) -> bool:
-    from copus_ext.adapters.hollow import is_hollow
-
-    return all(is_hollow(parameter) for chunk in job.model for parameter in chunk.parameters())
-
-
-def _no_memory(at: int) -> Any:
-    """Rank 2 has no memory for what arrives in round ``at``."""
-    import torch.distributed as dist
-
-    from copus_ext.adapters.exchange import Exchange
-
-    calls = []
-
-    def failing(self: Any, scratch: Any) -> int:
-        calls.append(1)
-        if dist.get_rank() == 2 and len(calls) == at + 1:
-            raise RuntimeError("out of memory")
-        return prepare(self, scratch)
-
-    prepare = Exchange.prepare
-    return mock.patch.object(Exchange, "prepare", failing)
-
-
-def _no_memory_behind(_: int) -> Any:
-    """Rank 2 has no memory for what comes behind the last round, when next to nothing is left of the old job."""
-    import torch.distributed as dist
-
-    from copus_ext.adapters.job_memory import JobMemory
-
-    calls: list[int] = []
-
-    def failing(self: Any) -> int:
-        calls.append(1)
-        if dist.get_rank() == 2 and len(calls) == 1:
-            raise RuntimeError("out of memory")
-        return int(fill(self))
-
-    fill = JobMemory.fill
-    return mock.patch.object(JobMemory, "fill", failing)
-
-
-def _damage(at: int) -> Any:
-    """One bit of one element arrives flipped on rank 1, in the first round from ``at`` on in which anything arrives."""
-    import torch
-    import torch.distributed as dist
-
-    from copus_ext.adapters.exchange import Exchange
-
-    calls: list[int] = []
-    done: list[int] = []
-
-    def damaging(self: Any) -> None:
-        run(self)
-        calls.append(1)
-        if dist.get_rank() == 1 and len(calls) > at and self.given and not done:
-            held = self.given[-1]
-            view = self._new[held.piece].views(held.start, held.box.shape)[-1]
-            view.copy_((view.clone().view(torch.int32) ^ 1).view(view.dtype))
-            done.append(1)
-
-    run = Exchange.run
-    return mock.patch.object(Exchange, "run", damaging)
 
 
 @pytest.mark.parametrize(
@@ -438,8 +320,8 @@ def _census(flags: str) -> list[int]:
         return sum(isinstance(thing, GPTModel) for thing in gc.get_objects())
 
     plans = [parse_plan(words, _BASE) for words in ("dp4,zero1", "tp2,pp2,zero1")]
-    raw, layouts = _start(flags, plans[0])
-    job = _seeded(layouts, raw, plans[0])
+    raw, layouts = start(flags, plans[0])
+    job = seeded(layouts, raw, plans[0])
     counts = [alive()]
     for plan in (plans[1], plans[0]):
         train_steps(job, layouts, 1)

@@ -126,3 +126,17 @@ def test_every_rank_makes_the_same_stream(seed: int) -> None:
     rng = random.Random(seed)
     old, new = random_side(rng), random_side(rng)
     assert stream(plan_transfer(old, new), old, new, 64) == stream(plan_transfer(old, new), old, new, 64)
+
+
+def test_weights_go_before_moments_where_one_buffer_has_them_all() -> None:
+    weights = [layers(owner) for owner in ([0] * 8 + [1] * 8, [1] * 8 + [0] * 8)]
+    moments = [
+        [[h._replace(key=h.key.replace("weight", "moments"), piece=h.piece + 8) for h in s] for s in w] for w in weights
+    ]
+    old, new = ([[*a, *b] for a, b in zip(*sides, strict=True)] for sides in zip(weights, moments, strict=True))
+    for weights_first in (True, False):
+        moving = stream(plan_transfer(old, new), old, new, 800, weights_first=weights_first)
+        kinds = [{t.given.key.partition(":")[0] for t in this.transfers} for this in moving.rounds]
+        last_weights = max(number for number, kind in enumerate(kinds) if "weight" in kind)
+        first_moments = min(number for number, kind in enumerate(kinds) if "moments" in kind)
+        assert (last_weights < first_moments) == weights_first

@@ -1,0 +1,65 @@
+"""What can go wrong in one round of a move, as context managers."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+
+def no_memory(at: int) -> Any:
+    """Rank 2 has no memory for what arrives in round ``at``."""
+    import torch.distributed as dist
+
+    from copus_ext.adapters.exchange import Exchange
+
+    calls = []
+
+    def failing(self: Any, scratch: Any) -> int:
+        calls.append(1)
+        if dist.get_rank() == 2 and len(calls) == at + 1:
+            raise RuntimeError("out of memory")
+        return prepare(self, scratch)
+
+    prepare = Exchange.prepare
+    return mock.patch.object(Exchange, "prepare", failing)
+
+
+def no_memory_behind(_: int) -> Any:
+    """Rank 2 has no memory for what comes behind the last round, when next to nothing is left of the old job."""
+    import torch.distributed as dist
+
+    from copus_ext.adapters.job_memory import JobMemory
+
+    calls: list[int] = []
+
+    def failing(self: Any) -> int:
+        calls.append(1)
+        if dist.get_rank() == 2 and len(calls) == 1:
+            raise RuntimeError("out of memory")
+        return int(fill(self))
+
+    fill = JobMemory.fill
+    return mock.patch.object(JobMemory, "fill", failing)
+
+
+def damage(at: int) -> Any:
+    """One bit of one element arrives flipped on rank 1, in the first round from ``at`` on in which anything arrives."""
+    import torch
+    import torch.distributed as dist
+
+    from copus_ext.adapters.exchange import Exchange
+
+    calls: list[int] = []
+    done: list[int] = []
+
+    def damaging(self: Any) -> None:
+        run(self)
+        calls.append(1)
+        if dist.get_rank() == 1 and len(calls) > at and self.given and not done:
+            held = self.given[-1]
+            view = self._new[held.piece].views(held.start, held.box.shape)[-1]
+            view.copy_((view.clone().view(torch.int32) ^ 1).view(view.dtype))
+            done.append(1)
+
+    run = Exchange.run
+    return mock.patch.object(Exchange, "run", damaging)

@@ -20,7 +20,7 @@ from copus_ext.core.hardware import Hardware
 from copus_ext.core.hardware_file import load_hardware, shipped_hardware
 from copus_ext.core.known_models import KNOWN_MODELS
 from copus_ext.core.model_shape import ModelShape
-from copus_ext.core.options import RunOptions
+from copus_ext.core.options import CUDA_CONTEXT_BYTES, RunOptions
 from copus_ext.core.plan import RECOMPUTE_CHOICES
 from copus_ext.core.search import SearchResult, SearchSpace, search_plans
 from copus_ext.core.step_time import PARTS
@@ -185,6 +185,7 @@ def _request(flags: argparse.Namespace) -> _Request:
 
 def _options(flags: argparse.Namespace) -> RunOptions:
     return RunOptions(
+        context_bytes=CUDA_CONTEXT_BYTES,
         overlap_grad_reduce=flags.overlap_grad_reduce,
         overlap_param_gather=flags.overlap_param_gather,
         overlap_p2p=not flags.no_overlap_p2p_communication,

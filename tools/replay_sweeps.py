@@ -1,10 +1,11 @@
 """Replay measured sweeps: the error of predictions after a few plans were observed, and the regret of the choice.
 
-    python tools/replay_sweeps.py [--table tests/data/cpu_sweep_4_ranks.csv]
+    python tools/replay_sweeps.py [--table tests/data/cpu_sweep_4_ranks.csv --hardware tests/data/cpu_4_ranks.toml]
 
 Of each sweep among the published points, the constants are fitted without its source first. Every plan of a sweep is
 the first one observed in turn. Prints JSON: by sweep ``median_error`` and ``coverage`` of the 90 % interval after
-``--observed`` plans, ``regret_of_first_choice`` of the plan predicted best, and ``mean_regret`` after ``--probes`` more.
+``--observed`` plans, ``regret_of_first_choice`` of the plan predicted best, and after ``--probes`` more
+``regret_from_first_choice`` and ``mean_regret`` over all plans to start from.
 
 Needs scipy: pip install "copus-megatron[fit]".
 """
@@ -18,15 +19,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from fit_throughput import START, Problem, constants_of, fit_constants
 
 from copus_ext.core.errors import UserError
-from copus_ext.core.hardware import shared_cpu
+from copus_ext.core.hardware_file import load_hardware
 from copus_ext.core.points import read_points
 from copus_ext.core.published import POINTS, Points, hardware_of, open_plans, read_fit, usable
 from copus_ext.core.sweep_replay import Sweep, errors_after, predicted_best, regret_after
 from copus_ext.core.throughput import ThroughputModel
 from copus_ext.core.throughput_table import read_table
+from fit_throughput import START, Problem, constants_of, fit_constants
 
 _LEAST_PLANS = 8
 _FIGURES = ("median_error", "coverage", "regret_of_first_choice", "regret_from_first_choice", "mean_regret")
@@ -46,9 +47,7 @@ def published_sweeps() -> Iterator[Sweep]:
         constants = constants_of(fit_constants(problem, fit.kernel, START, others, 12))
         own = [points.points[row] for row in rows]
         times = {open_plans(point)[0]: point.step_time_s or 0.0 for point in own}
-        prior = ThroughputModel(
-            own[0].model, constants.of(hardware_of(own[0])), options=own[0].options, kernel=fit.kernel.of_a_run()
-        )
+        prior = ThroughputModel(own[0].model, constants.of(hardware_of(own[0])), options=own[0].options)
         yield Sweep(str(name), prior, tuple(times), tuple(times.values()))
 
 
@@ -67,13 +66,12 @@ def judge(sweep: Sweep, observed: int, probes: int) -> dict[str, Any]:
     }
 
 
-def measured_sweep(path: str) -> Sweep:
-    """The sweep of a table of ``tools/profile_throughput.py`` on shared CPU cores."""
+def measured_sweep(path: str, machine: str) -> Sweep:
+    """The sweep of a table of ``tools/profile_throughput.py``, measured on ``machine``."""
     table = read_table(path, "--table")
     if table.subject is None:
         raise UserError(f"--table {path} has no rows; make it with tools/profile_throughput.py")
-    ranks = table.subject.ranks
-    prior = ThroughputModel(table.subject.model, shared_cpu(cores=2, ranks=ranks, memory_bytes=24e9))
+    prior = ThroughputModel(table.subject.model, load_hardware(machine))
     times = {plan: float(np.median(seconds)) for plan, seconds in table.step_times().items()}
     return Sweep(path, prior, tuple(times), tuple(times.values()))
 
@@ -81,12 +79,15 @@ def measured_sweep(path: str) -> Sweep:
 def main() -> int:
     """Replay all sweeps and print; 2 where a table can't be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="append", default=[], metavar="CSV", help="a table of measured step times")
+    parser.add_argument("--table", metavar="CSV", help="a table of measured step times, replayed as well")
+    parser.add_argument(
+        "--hardware", default="a100", metavar="NAME", help="what the table was measured on, name or file"
+    )
     parser.add_argument("--observed", type=int, default=4, metavar="N", help="plans observed before errors are taken")
     parser.add_argument("--probes", type=int, default=3, metavar="N", help="plans tried after the first choice")
     args = parser.parse_args()
     try:
-        measured = [measured_sweep(path) for path in args.table]
+        measured = [measured_sweep(args.table, args.hardware)] if args.table else []
     except UserError as error:
         print(f"replay_sweeps.py: {error}", file=sys.stderr)
         return 2

@@ -80,15 +80,15 @@ def forget_peak_memory() -> None:
 
 
 def peak_memory() -> int | None:
-    """Bytes: the most that this process has taken of its device, by the allocator and beside it. None on CPU.
+    """Bytes: the most that tensors have taken of the device, and what lies beside the allocator; None on CPU.
 
-    What cores share with other programs tells nothing of a plan.
+    Not what the allocator holds: that may be what another plan needed. Nor what a CPU's memory holds: that is shared.
     """
     if not torch.cuda.is_available():
         return None
     free, total = torch.cuda.mem_get_info()
     beside = total - free - torch.cuda.memory_reserved()
-    return int(torch.cuda.max_memory_reserved() + beside)
+    return int(torch.cuda.max_memory_allocated() + beside)
 
 
 def _median_seconds(action: Callable[[], object], times: int) -> float:

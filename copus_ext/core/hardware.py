@@ -35,8 +35,9 @@ class Reached:
 class Hardware:
     """What the step time depends on: figures of the data sheet, and what of them is ``reached``.
 
-    ``flops`` [FLOP/s] is one device computing alone in bf16 (or, where that is all there is, fp32), ``node_flops`` all
-    devices of a node at once: devices x flops on GPUs, far less where the "devices" are processes that share cores.
+    ``flops`` [FLOP/s] is one device computing alone in bf16, ``fp32_flops`` in fp32 where that is another speed,
+    ``node_flops`` all devices of a node at once: devices x flops on GPUs, far less where the "devices" are processes
+    that share cores.
     Bandwidths in bytes/s, of one device, one way.
     """
 
@@ -51,10 +52,15 @@ class Hardware:
     step_overhead_s: float
     layer_overhead_s: float  # launching one layer's forward and backward pass for one micro-batch
     reached: Reached = field(default_factory=Reached)
+    fp32_flops: float | None = None
+
+    def peak(self, element_bytes: int) -> float:
+        """FLOP/s of one device on numbers of so many bytes: 8-bit products are the business of ``Reached.fp8``."""
+        return self.flops if element_bytes < 4 or self.fp32_flops is None else self.fp32_flops
 
     def __post_init__(self) -> None:
         for name, value in _numbers(self):
-            if not (math.isfinite(value) and (value > 0 or (value == 0 and _may_be_zero(name)))):
+            if not (math.isfinite(value) and (value > 0 or (value == 0 and may_be_zero(name)))):
                 raise ValueError(f"{name} of the hardware must be a positive number, not {value}")
 
     def busy_devices(self, world_size: Any) -> Any:
@@ -65,10 +71,11 @@ class Hardware:
 
 def _numbers(hardware: Hardware) -> list[tuple[str, float]]:
     own = [(entry.name, getattr(hardware, entry.name)) for entry in fields(hardware) if entry.name != "reached"]
-    return own + list(asdict(hardware.reached).items())
+    return [(name, value) for name, value in own if value is not None] + list(asdict(hardware.reached).items())
 
 
-def _may_be_zero(name: str) -> bool:
+def may_be_zero(name: str) -> bool:
+    """Of the figure called ``name``: times and shares may be, speeds and sizes may not."""
     return name.endswith(("_s", "_exposed")) or name.startswith("half_")
 
 

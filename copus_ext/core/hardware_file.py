@@ -1,8 +1,8 @@
 """The hardware that the package knows, and hardware that a user describes: one TOML file each.
 
-A file has the fields of :class:`Hardware` as keys, but for ``node_flops``, which is flops x devices_per_node. It may
-have a table ``[reached]`` with those of :class:`Reached`, and latencies and overheads; what it leaves out of these is
-as fitted to published runs.
+A file has the fields of :class:`Hardware` as keys. ``node_flops`` is flops x devices_per_node where it is left out, as
+it is where every rank has a device to itself. It may have a table ``[reached]`` with the fields of :class:`Reached`,
+and latencies and overheads; what it leaves out of these is as fitted to published runs.
 """
 
 from __future__ import annotations
@@ -15,14 +15,24 @@ from typing import Any
 
 from copus_ext.core.constants import fitted_constants
 from copus_ext.core.errors import UserError
-from copus_ext.core.hardware import Hardware, Reached
+from copus_ext.core.hardware import Hardware, Reached, may_be_zero
 
 MEASURED = "cpu"  # not a file: ranks that share a machine's cores are measured when a run starts
 _FOLDER = Path(__file__).parents[1] / "hardware"
 _UNKNOWN_GPU = "a100"
-_FILE_OF_GPU = {"GB200": "gb200", "GB300": "gb200", "B200": "b200", "H200": "h200", "H100": "h100", "A100": "a100", "MI250": "mi250x", "MI210": "mi210"}
+_FILE_OF_GPU = {  # the first name that is part of what the driver reports
+    "GB200": "gb200",
+    "GB300": "gb200",
+    "B200": "b200",
+    "H200": "h200",
+    "H100": "h100",
+    "A100": "a100",
+    "MI250": "mi250x",
+    "MI210": "mi210",
+}
 _FITTED = ("latency_s", "layer_overhead_s", "step_overhead_s")
-_KEYS = tuple(entry.name for entry in fields(Hardware) if entry.name not in ("node_flops", "reached"))
+_OPTIONAL = (*_FITTED, "node_flops", "fp32_flops")
+_KEYS = tuple(entry.name for entry in fields(Hardware) if entry.name != "reached")
 _REACHED_KEYS = tuple(entry.name for entry in fields(Reached))
 
 
@@ -52,18 +62,15 @@ def load_hardware(name_or_path: str, devices_per_node: int | None = None, flag: 
     if not isinstance(table, dict):
         raise UserError(f"{where}: reached must be a table; write [reached] and its keys below it")
     figures = _numbers(values, _KEYS, where, "")
-    if missing := [key for key in _KEYS if key not in figures and key not in _FITTED]:
-        needed = ", ".join(key for key in _KEYS if key not in _FITTED)
+    if missing := [key for key in _KEYS if key not in figures and key not in _OPTIONAL]:
+        needed = ", ".join(key for key in _KEYS if key not in _OPTIONAL)
         raise UserError(f"{where}: {missing[0]} is missing; give all of {needed}")
     reached = _numbers(table, _REACHED_KEYS, where, "reached.")
     devices = _whole(figures["devices_per_node"] if devices_per_node is None else devices_per_node, where)
     fitted = fitted_constants()
-    derived = {
-        "devices_per_node": devices,
-        "node_flops": figures["flops"] * devices,
-        "reached": replace(fitted.reached, **reached),
-    }
-    return Hardware(**{name: getattr(fitted, name) for name in _FITTED} | figures | derived)
+    usual = {name: getattr(fitted, name) for name in _FITTED} | {"node_flops": figures["flops"] * devices}
+    told = {**figures, "devices_per_node": devices, "reached": replace(fitted.reached, **reached)}
+    return Hardware(**usual | told)
 
 
 def in_nodes_of(hardware: Hardware, devices: int) -> Hardware:
@@ -108,10 +115,10 @@ def _numbers(values: dict[str, Any], known: tuple[str, ...], where: str, prefix:
     for key, value in values.items():
         if key not in known:
             raise UserError(f"{where}: {prefix}{key} is not known; there are {', '.join(known)}")
-        may_be_zero = key.endswith(("_s", "_exposed")) or key.startswith("half_")
+        zero = may_be_zero(key)
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number or value < 0 or (value == 0 and not may_be_zero):
-            least = "not negative" if may_be_zero else "positive"
+        if not is_number or value < 0 or (value == 0 and not zero):
+            least = "not negative" if zero else "positive"
             raise UserError(f"{where}: {prefix}{key} = {value!r} is not a number that is {least}")
     return values
 

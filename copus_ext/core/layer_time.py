@@ -103,7 +103,7 @@ def _product_s(rows: Any, width: Any, inner: Any, element: int, hardware: Hardwa
     The share of the peak that a product reaches falls where a side is small.
     """
     reached = hardware.reached
-    peak = hardware.flops * reached.matmul * (2 * reached.fp8 if options.fp8 else 1.0)
+    peak = hardware.peak(element) * reached.matmul * (2 * reached.fp8 if options.fp8 else 1.0)
     smaller = np.maximum(1.0, np.minimum(width, inner))  # a width of 0 is a layer that is not there
     share = rows / (rows + reached.half_tokens) * smaller / (smaller + reached.half_width)
     traffic = element * (rows * inner + inner * width + rows * width)
@@ -116,7 +116,7 @@ def _products(table: PlanTable, model: ModelShape, hardware: Hardware, options: 
     rows, tp, hidden = tokens(table, model), table.tp, model.hidden
     gate = 2 if model.gated else 1
     weights: list[tuple[Any, Any, Any, Any]] = [
-        (rows, hidden * (1 + 2 * model.kv_heads / model.heads) / tp, hidden, 1.0),
+        (rows, hidden * (1 / tp + 2 * _key_share(table, model)), hidden, 1.0),
         (rows, hidden, hidden / tp, 1.0),
     ]
     ffn = (model.moe_ffn if model.experts else model.ffn) / tp
@@ -131,13 +131,18 @@ def _products(table: PlanTable, model: ModelShape, hardware: Hardware, options: 
     return forward, backward
 
 
+def _key_share(table: PlanTable, model: ModelShape) -> Any:
+    """[n] keys on a rank over hidden units: ranks that are more than the key-value heads hold copies of them."""
+    return np.maximum(model.kv_heads, table.tp) / model.heads / table.tp
+
+
 def _attention(table: PlanTable, model: ModelShape, hardware: Hardware) -> tuple[Any, Any]:
     """Forward and backward seconds of attention: half of it is masked, which only fused kernels make use of."""
     flops = 4 * tokens(table, model) * model.seq * model.hidden / table.tp
     if model.flash_attention:
-        forward = flops / 2 / (hardware.flops * hardware.reached.attention)
+        forward = flops / 2 / (hardware.peak(model.param_bytes) * hardware.reached.attention)
         return forward, _FLASH_BACKWARD * forward
-    forward = flops / (hardware.flops * hardware.reached.scores)
+    forward = flops / (hardware.peak(model.param_bytes) * hardware.reached.scores)
     scores = tokens(table, model) * model.seq * model.heads / table.tp
     held = scores * _SCORE_BYTES * model.param_bytes / 2 / (hardware.memory_bandwidth * hardware.reached.memory)
     return forward + held * 11 / 24, 2 * forward + held * 13 / 24
@@ -176,7 +181,7 @@ def _context(table: PlanTable, model: ModelShape, hardware: Hardware, attention_
 
     At least the share of it that overlapped messages of tensor parallelism cost: those beside computing slow it down.
     """
-    size = 2 * tokens(table, model) * model.hidden * model.kv_heads / model.heads / table.tp * model.param_bytes
+    size = 2 * tokens(table, model) * model.hidden * _key_share(table, model) * model.param_bytes
     ring_s = 3 * (table.cp - 1) * size / bandwidth(table.cp * table.tp, table.tp, hardware)
     exposed = np.maximum(ring_s - attention_s, hardware.reached.tensor_exposed * ring_s)
     return exposed + 3 * (table.cp - 1) * hardware.latency_s

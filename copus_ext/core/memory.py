@@ -204,7 +204,8 @@ def _layer_values(table: PlanTable, model: ModelShape, options: RunOptions) -> t
     Models with a gate are taken to have rotary embeddings, as Llama, which give new queries and keys. The ones they
     come from stay, since they share their memory with the values (seen in a job: tests/ranks/test_memory_report.py).
     """
-    value, key_share = model.param_bytes, model.kv_heads / model.heads
+    value = model.param_bytes
+    key_share = np.maximum(model.kv_heads, table.tp) / model.heads  # more ranks than key-value heads hold copies
     linear_input = 1 if options.fp8 else value
     outside = model.hidden * (2 * value + 2 * linear_input + 2 * options.dropout)
     # Attention keeps what it gives for its own backward pass, so the fp8 input of the projection is one more.

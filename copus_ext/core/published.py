@@ -31,7 +31,7 @@ from copus_ext.core.step_time import step_times
 POINTS = FITTED.with_name("points.csv")
 _MICRO_BATCHES = (1, 2, 4)  # what a source that does not tell may have used
 _MOST_CHUNKS = 12
-_Z90 = 1.6449
+Z90 = 1.6449  # quantile of a 90 % interval's upper end
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,12 @@ class PublishedKernel:
     gpu_sd: float = 0.05
     stack_sd: float = 0.06
     source_sd: float = 0.04
-    stack_part_sd: float = 0.15
-    source_part_sd: float = 0.08
+    stack_part_sd: float = 0.07
+    source_part_sd: float = 0.06
     fp8_sd: float = 0.1  # of 8-bit products
-    plan_sd: float = 0.06
+    plan_sd: float = 0.12
     noise_sd: float = 0.02
-    lengths: tuple[float, ...] = (1.5, 2.0, 2.0, 4.0, 4.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 2.0)
-
-    def of_a_run(self) -> ErrorKernel:
-        """What remains for a run by itself: its own deviations by component and by plan."""
-        part_sd = float(np.hypot(self.stack_part_sd, self.source_part_sd))
-        return ErrorKernel(part_sd=part_sd, plan_sd=self.plan_sd, lengths=self.lengths[:-2])
+    lengths: tuple[float, ...] = (1.0, 3.5, 1.5, 4.0, 12.0, 2.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0)
 
 
 @dataclass(frozen=True)
@@ -64,10 +59,6 @@ class Expected:
     shares: Array  # [n, parts]
     coordinates: Array  # [n, 12] of plan and model
     spread: Array  # [n] variance of log_s over what is open
-
-    def take(self, rows: NDArray[np.int64]) -> Expected:
-        """Some of the points."""
-        return Expected(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
 
 def open_plans(point: Point) -> list[Plan]:
@@ -211,10 +202,10 @@ class PublishedFit:
             known.log_measured - old.log_s,
         )
         log_s = fresh.log_s + mean
-        sd = np.sqrt(variance + fresh.spread + self.kernel.noise_sd**2)
+        sd = np.sqrt(variance + fresh.spread + noise_variance(self.kernel, np.array(self.weights)))
         bias = np.array([self.memory_bias.get(stack, 0.0) for stack in new.labels("stack")])
         return Prediction(
-            np.exp(log_s), np.exp(log_s - _Z90 * sd), np.exp(log_s + _Z90 * sd), new.memory() * np.exp(bias)
+            np.exp(log_s), np.exp(log_s - Z90 * sd), np.exp(log_s + Z90 * sd), new.memory() * np.exp(bias)
         )
 
 
@@ -230,6 +221,11 @@ def covariance(kernel: PublishedKernel, left: Points, a: Expected, right: Points
     of_source = kernel.source_sd**2 + kernel.source_part_sd**2 * parts
     shared = same["gpu"] * kernel.gpu_sd**2 + same["stack"] * of_stack + same["source"] * of_source
     return np.asarray(shared + kernel.fp8_sd**2 * eight_bit)
+
+
+def noise_variance(kernel: PublishedKernel, weights: Array) -> float:
+    """Of ln of a measured time about what is expected, the odd ones included that ``weights`` are small for."""
+    return float(kernel.noise_sd**2 * np.mean(1.0 / weights))
 
 
 def condition(within: Array, across: Array, prior: Array, residual: Array) -> tuple[Array, Array]:

@@ -164,9 +164,10 @@ def _data_seconds(
     """
     replicas = table.dp * table.cp
     dense, experts = _rank_params(table, model)
-    reduce, gather = _replica_seconds(dense, replicas, table, model, hardware, options)
+    reduce, gather = _replica_seconds(dense, replicas, table.tp, table, model, hardware, options)
     if model.experts:
-        more = _replica_seconds(experts, np.maximum(1.0, replicas / table.ep), table, model, hardware, options)
+        apart = table.tp * table.ep
+        more = _replica_seconds(experts, _expert_replicas(table), apart, table, model, hardware, options)
         reduce, gather = reduce + more[0], gather + more[1]
     layers, _ = _layers_of_stages(table, model)
     forward = layers * layer.forward
@@ -177,16 +178,25 @@ def _data_seconds(
         gather = _not_hidden(gather, forward, layers, hardware)
     tied = (table.pp > 1) & model.tied
     embedding = model.embedding_params / table.tp * options.gradient_bytes
-    last_to_first = all_reduce_s(embedding, 2.0, table.world_size // table.pp, hardware)
+    between = np.maximum(1.0, (table.pp - 1) * table.world_size // table.pp)  # the first stage and the last
+    last_to_first = all_reduce_s(embedding, 2.0, between, hardware)
     return reduce + gather + np.where(tied, last_to_first, 0.0)
 
 
+def _expert_replicas(table: PlanTable) -> Any:
+    """[n] ranks that hold the same experts."""
+    return np.maximum(1.0, table.dp * table.cp / table.ep)
+
+
 def _replica_seconds(
-    params: Any, replicas: Any, table: PlanTable, model: ModelShape, hardware: Hardware, options: RunOptions
+    params: Any, replicas: Any, apart: Any, table: PlanTable, model: ModelShape, hardware: Hardware, options: RunOptions
 ) -> tuple[Any, Any]:
-    """Seconds to reduce the gradients of ``params`` over replicas, and to gather the parameters after the step."""
-    reduce = all_reduce_s(params * options.gradient_bytes, replicas, table.tp, hardware)
-    gather = all_reduce_s(params * model.param_bytes, replicas, table.tp, hardware)
+    """Seconds to reduce the gradients of ``params`` over replicas, and to gather the parameters after the step.
+
+    Replicas are ``apart`` ranks from one another.
+    """
+    reduce = all_reduce_s(params * options.gradient_bytes, replicas, apart, hardware)
+    gather = all_reduce_s(params * model.param_bytes, replicas, apart, hardware)
     sharded = table.distributed_optimizer
     return np.where(sharded, reduce / 2, reduce), np.where(sharded, gather / 2, 0.0)
 
@@ -203,8 +213,10 @@ def _not_hidden(seconds: Any, behind: Any, layers: Any, hardware: Hardware) -> A
 def _optimizer_seconds(table: PlanTable, model: ModelShape, hardware: Hardware) -> Any:
     """Seconds of memory traffic of the Adam step, its norm and its clipping; sharded with a distributed optimizer."""
     dense, experts = _rank_params(table, model)
-    shards = np.where(table.distributed_optimizer, table.dp * table.cp, 1.0)
+    sharded = table.distributed_optimizer
     cast = 2 if model.param_bytes < 4 else 0  # main parameters back to the ones that are trained with
-    params = dense + experts
-    traffic = params * ((_ADAM_BYTES + cast + _CLIP_BYTES) / shards + _ZERO_GRADIENT_BYTES)
+    own = dense / np.where(sharded, table.dp * table.cp, 1.0) + experts / np.where(
+        sharded, _expert_replicas(table), 1.0
+    )
+    traffic = own * (_ADAM_BYTES + cast + _CLIP_BYTES) + (dense + experts) * _ZERO_GRADIENT_BYTES
     return traffic / (hardware.memory_bandwidth * hardware.reached.memory)

@@ -18,6 +18,7 @@ PALETTE = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#b07aa1", "#e
 
 _INK, _GREY, _RULE = "#1b1f24", "#59636e", "#e4e7eb"
 _TOP, _RIGHT, _BOTTOM, _LEFT = 46, 14, 36, 52  # margins around the plotting area, pixels
+_RIBBON = 22  # height of one with the gap below it, pixels
 _CHAR = 6.0  # width of a character of the small font, pixels, rather too wide than too narrow
 _MAX_POINTS = 1600  # of a line; more than one screen pixel shows each
 
@@ -39,20 +40,33 @@ class Series:
     opacity: float = 1.0
     stairs: bool = False  # y holds from the x before up to its own
     dots: bool = False
+    whiskers: bool = False  # low and high as one stroke at every point, and not as an area
 
 
 @dataclass(frozen=True)
 class Band:
-    """A stretch of the x axis, from ``start`` to ``end``, in a colour."""
+    """A stretch of the x axis, from ``start`` to ``end``, in a colour; ``text`` is written in it by a ribbon."""
 
     start: float
     end: float
     color: str
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Ribbon:
+    """A row of bands above a chart that says what holds where on its x axis."""
+
+    name: str
+    bands: tuple[Band, ...]
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture of lines over one x axis. Sizes in pixels; ``y_range`` cuts off what lies outside."""
+    """A picture of lines over one x axis. Sizes in pixels; ``x_range`` and ``y_range`` cut off what lies outside.
+
+    ``x_ticks``: where the x axis is labelled, if not at round values.
+    """
 
     title: str
     x_label: str
@@ -61,6 +75,10 @@ class Chart:
     bands: tuple[Band, ...] = ()
     log_y: bool = False
     y_range: tuple[float, float] | None = None
+    log_x: bool = False
+    x_range: tuple[float, float] | None = None
+    x_ticks: tuple[float, ...] = ()
+    ribbons: tuple[Ribbon, ...] = ()
     width: int = 580
     height: int = 300
 
@@ -95,16 +113,20 @@ class Axis:
 
 def draw_chart(chart: Chart) -> str:
     """The chart as one ``<svg>`` element."""
-    width, height = chart.width - _LEFT - _RIGHT, chart.height - _TOP - _BOTTOM
-    x_axis = Axis(*_range([series.x for series in chart.series]), 0, width)
+    top = _TOP + _RIBBON * len(chart.ribbons)
+    left = max([_LEFT, *(round(1.1 * _CHAR * len(ribbon.name)) + 12 for ribbon in chart.ribbons)])
+    width, height = chart.width - left - _RIGHT, chart.height - top - _BOTTOM
+    x_range = chart.x_range or _range([series.x for series in chart.series], chart.log_x)
+    x_axis = Axis(*x_range, 0, width, chart.log_x)
     y_range = chart.y_range or _range([series.y for series in chart.series], chart.log_y, air=0.05)
     y_axis = Axis(*y_range, height, 0, chart.log_y)
     bands = [_rect(x_axis, band, 0, height, 0.13) for band in chart.bands]
     lines = [_draw_series(series, x_axis, y_axis) for series in chart.series]
     # An inner <svg> cuts off what leaves the plotting area, and unlike a clip path needs no name unique in the page.
     inside = f'<svg width="{width}" height="{height}">{"".join([*bands, *lines])}</svg>'
-    frame = _grid_y(y_axis, width) + _grid_x(x_axis, height, chart.x_label)
-    body = f'<g transform="translate({_LEFT},{_TOP})">{frame}{inside}</g>'
+    frame = _grid_y(y_axis, width) + _grid_x(x_axis, height, chart.x_label, chart.x_ticks)
+    rows = [_draw_ribbon(row, x_axis, -_RIBBON * (len(chart.ribbons) - i)) for i, row in enumerate(chart.ribbons)]
+    body = f'<g transform="translate({left},{top})">{"".join(rows)}{frame}{inside}</g>'
     return _svg(chart.width, chart.height, chart.title, _legend(chart) + body)
 
 
@@ -153,9 +175,28 @@ def _draw_series(series: Series, x_axis: Axis, y_axis: Axis) -> str:
     if series.low is None or series.high is None:
         return shape
     low, high = (np.asarray(edge, dtype=np.float64)[keep] for edge in (series.low, series.high))
+    if series.whiskers:
+        return _whiskers(x, y_axis(low), y_axis(high), series.color) + shape
     # Open or far ends are drawn at the edge of the picture, where they are cut off anyway.
     edges = y_axis(np.maximum(low, y_axis.low)), y_axis(np.minimum(high, y_axis.high))
     return _area(x, *edges, series.color) + shape
+
+
+def _draw_ribbon(ribbon: Ribbon, axis: Axis, top: float) -> str:
+    """Its name in the margin, its bands with what is written in them."""
+    parts = [_text(-7, top + 13, ribbon.name, "end", _GREY)]
+    for band in ribbon.bands:
+        parts.append(_rect(axis, band, top, _RIBBON - 4, 0.3))
+        middle = float(np.mean(axis([band.start, band.end])))
+        parts.append(_text(middle, top + 13, band.text, "middle", _INK) if band.text else "")
+    return "".join(parts)
+
+
+def _whiskers(x: Array, low: Array, high: Array, color: str) -> str:
+    """A stroke from low to high at every point that has both."""
+    ends = [(a, b, c) for a, b, c in zip(x, low, high, strict=True) if math.isfinite(b) and math.isfinite(c)]
+    strokes = "".join(f"M{a:.1f} {b:.1f}V{c:.1f}" for a, b, c in ends)
+    return f'<path d="{strokes}" stroke="{color}" stroke-width="1.4" stroke-opacity="0.7"/>'
 
 
 def _path(x: Array, y: Array, stairs: bool) -> str:
@@ -229,12 +270,13 @@ def _log_ticks(low: float, high: float, count: int) -> list[float]:
     return [float(f"{tick:.12g}") for tick in ticks if low <= tick <= high]
 
 
-def _grid_x(axis: Axis, height: float, label: str) -> str:
+def _grid_x(axis: Axis, height: float, label: str, given: Sequence[float] = ()) -> str:
     parts = [f'<path d="M0 {height}H{axis.end}" stroke="{_GREY}"/>']
-    ticks = axis.ticks(spacing=55)
+    ticks = given or axis.ticks(spacing=55)
     for value, x in zip(ticks, axis(ticks), strict=True):
+        name = f"{value:,.12g}" if given else tick_label(value)  # what was chosen is written out
         parts.append(f'<path d="M{x:.1f} {height}v4" stroke="{_GREY}"/>')
-        parts.append(_text(float(x), height + 16, tick_label(value), "middle", _GREY))
+        parts.append(_text(float(x), height + 16, name, "middle", _GREY))
     parts.append(_text(axis.end, height + 30, label, "end", _GREY))
     return "".join(parts)
 

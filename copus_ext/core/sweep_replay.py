@@ -7,7 +7,7 @@ a plan is observed, the model learns, and says of all the others how long they t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ class Sweep:
     @property
     def per_sequence(self) -> NDArray[np.float64]:
         """[n] seconds per sequence: what plans of unequal global batch are compared by."""
-        return np.array(self.seconds) / np.array([plan.global_batch for plan in self.plans])
+        return np.asarray(np.array(self.seconds) / np.array([plan.global_batch for plan in self.plans]))
 
 
 def observe(sweep: Sweep, model: ThroughputModel, number: int) -> ThroughputModel:
@@ -95,8 +95,3 @@ def predicted_best(sweep: Sweep) -> int:
     """The plan that looks fastest before any was observed."""
     batches = np.array([plan.global_batch for plan in sweep.plans])
     return int(np.argmin(sweep.prior.predict(sweep.plans).step_time_s / batches))
-
-
-def with_kernel(sweep: Sweep, **values: float) -> Sweep:
-    """The same sweep under another idea of how wrong the closed form may be."""
-    return replace(sweep, prior=replace(sweep.prior, kernel=replace(sweep.prior.kernel, **values)))

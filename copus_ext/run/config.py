@@ -18,6 +18,8 @@ from copus_ext.core.throughput_table import ThroughputTable, read_table
 
 TABLE_FLAG = "--copus-throughput-table"
 HARDWARE_FLAG = "--copus-hardware"
+ALWAYS, NEVER = "always", "never"
+_REHEARSED = (AUTO, ALWAYS, NEVER)
 _HALF_LIFE_STEPS = 40  # of the first plan
 
 
@@ -77,6 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help=f"learning rate by batch size: {', '.join(LR_RULES)}",
     )
     group.add_argument(
+        "--copus-rehearse",
+        default=AUTO,
+        metavar="WHEN",
+        help=f"whether a plan is tried out by each rank alone before a switch to it is kept: {', '.join(_REHEARSED)}",
+    )
+    group.add_argument(
         "--copus-gns-estimator",
         default=AUTO,
         metavar="NAME",
@@ -115,6 +123,7 @@ class CopusConfig:
     noise_estimator: str
     noise_half_life_tokens: float
     throughput_table: ThroughputTable | None = None
+    rehearse: str = AUTO
 
     @property
     def first_plan(self) -> Plan:
@@ -140,6 +149,8 @@ def check_flags(args: argparse.Namespace) -> None:
     for name, least in (("copus_interval", 1), ("copus_dwell_steps", 0), ("copus_max_growth", 1)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; give at least {least}")
+    if args.copus_rehearse not in _REHEARSED:
+        raise UserError(f"--copus-rehearse {args.copus_rehearse} is not known; choose from {', '.join(_REHEARSED)}")
     learning_rate_factor(args.copus_lr_rule, 1, 1)
     if args.copus_hardware is not None and args.copus_hardware.lower() != MEASURED:
         load_hardware(args.copus_hardware, flag=HARDWARE_FLAG)
@@ -172,6 +183,7 @@ def config_from_args(args: argparse.Namespace, base: Plan) -> CopusConfig:
         noise_estimator=args.copus_gns_estimator,
         noise_half_life_tokens=half_life_tokens(args, base.global_batch),
         throughput_table=read_table(args.copus_throughput_table, TABLE_FLAG) if args.copus_throughput_table else None,
+        rehearse=args.copus_rehearse,
     )
     _check_measurable(config)
     return config

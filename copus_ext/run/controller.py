@@ -18,7 +18,6 @@ from copus_ext.core.decision import Decision, Situation
 from copus_ext.core.grouping import StepShape, why_unmeasurable_in_a_run
 from copus_ext.core.noise_tracker import MeasuredStep
 from copus_ext.core.plan import Plan
-from copus_ext.core.plan_table import PlanTable
 from copus_ext.run.config import CopusConfig
 from copus_ext.run.knowledge import Knowledge
 from copus_ext.run.noise_meter import GradientMeter, NoiseMeter, NoMeter
@@ -109,11 +108,11 @@ class Controller(Observer):
         peak = peak_memory()
         if peak is None:
             return
-        peak, plan, memory = largest(peak), self._job.plan, self._knowledge.memory
-        if peak > _NOTEWORTHY * dict(memory.peaks).get(plan, 0.0):
-            expected = float(memory.predict(PlanTable.of([plan]))[0])
-            self._telemetry.event("memory", plan=str(plan), peak_bytes=peak, predicted_bytes=expected)
-        self._knowledge.memory = memory.observe(plan, peak)
+        peak, plan = largest(peak), self._job.plan
+        before = dict(self._knowledge.memory.peaks).get(plan, 0.0)
+        expected = self._knowledge.learn_memory(plan, peak)
+        if peak > _NOTEWORTHY * before:
+            self._telemetry.memory(plan, peak, expected)
 
     def _decision_is_due(self, iteration: int) -> bool:
         samples = self._args.consumed_train_samples

@@ -14,6 +14,7 @@ import torch
 from megatron.training import get_timers, training
 from megatron.training.global_vars import set_global_variables
 
+from copus_ext.adapters.agreement import largest
 from copus_ext.adapters.arguments import arguments_for, first_line, model_shape, run_options
 from copus_ext.adapters.job import build_job
 from copus_ext.adapters.layouts import LayoutGroups
@@ -26,22 +27,24 @@ from copus_ext.core.learning_rate import learning_rate_factor
 from copus_ext.core.memory_model import MemoryModel
 from copus_ext.core.noise_tracker import NoiseTracker
 from copus_ext.core.plan import Plan
+from copus_ext.core.plan_table import PlanTable
 from copus_ext.core.report import report_run
 from copus_ext.core.switch_cost import first_switch_cost
 from copus_ext.core.throughput import ThroughputModel
 from copus_ext.core.throughput_table import Subject
 from copus_ext.run import gpt
-from copus_ext.run.config import TABLE_FLAG, CopusConfig
+from copus_ext.run.config import ALWAYS, NEVER, TABLE_FLAG, CopusConfig
 from copus_ext.run.controller import Controller
 from copus_ext.run.data import Data
 from copus_ext.run.hardware import describe_hardware
 from copus_ext.run.knowledge import Knowledge, SavedState, load_state
 from copus_ext.run.progress import steps_beyond, steps_until
-from copus_ext.run.switch import Switcher, SwitchFailed
+from copus_ext.run.switch import NoMemory, Switcher, SwitchFailed
 from copus_ext.run.telemetry import Telemetry, quiet
 from megatron.patches.training_hooks import observing
 
 _NOTICED_S = 0.01  # what is ready already takes less, and is no event
+_ROOMY = 0.5  # of a device's memory: a plan predicted to take no more is not rehearsed
 _TIMED_OPTIONS = (  # what step times depend on beside plan, model and device; by argument name
     "optimizer",
     "overlap_grad_reduce",
@@ -68,6 +71,7 @@ class Driver:
         _check_ranks(plan, raw)
         self.layouts = LayoutGroups()  # before upstream makes any group
         self.switcher = Switcher(raw, self.layouts)
+        self._can_rehearse = True
         raw.padded_vocab_size = self._padded_vocabulary()
         self._check_schedule()
         args = arguments_for(raw, plan, announce=True, **self._overrides(plan))
@@ -138,7 +142,7 @@ class Driver:
             rejected=avoided,
         )
         if saved:
-            knowledge.restore(saved)
+            knowledge.restore(saved, hardware_is_named=self.raw.copus_hardware is not None)
         self._seed(knowledge, args)
         return knowledge
 
@@ -184,6 +188,7 @@ class Driver:
             policy=self.config.policy_name,
             train_samples=args.train_samples,
             model=asdict(model_shape(args)),
+            hardware=asdict(self.knowledge.throughput.hardware),
             candidates=[str(plan) for plan in self.knowledge.candidates],
             directory=str(self.config.directory),
         )
@@ -242,20 +247,42 @@ class Driver:
         old = self.job.plan
         try:
             with quiet():
-                self.job, report = self.switcher.switch(self.job, plan, self._overrides(plan))
+                rehearsed = self._is_rehearsed(plan)
+                self.job, report = self.switcher.switch(self.job, plan, self._overrides(plan), rehearsed=rehearsed)
         except SwitchFailed as fault:
             self.knowledge.rejected[plan] = str(fault)
-            self.telemetry.event("fault", kind="switch", message=str(fault), plan=str(plan))
+            if isinstance(fault, NoMemory):
+                self.knowledge.memory = self.knowledge.memory.ran_out(plan)
+            kind = "memory" if isinstance(fault, NoMemory) else "switch"
+            self.telemetry.event("fault", kind=kind, message=str(fault), plan=str(plan))
             self.telemetry.say(f"{fault}; training goes on with {old}")
             return None
         start = time.perf_counter()
         with quiet():
             iterators = self.data.iterators(len(self.job.model))
         report.seconds["data"] = time.perf_counter() - start
-        self.knowledge.switch_cost = self.knowledge.switch_cost.observe(old, plan, report.total_s)
+        again_s = report.total_s - report.seconds.get("rehearse", 0.0)  # a plan is rehearsed once
+        self.knowledge.switch_cost = self.knowledge.switch_cost.observe(old, plan, again_s)
         self.knowledge.noise = self.knowledge.noise.after_switch(old, plan)
         self.telemetry.switch(report)
+        if report.not_rehearsed:
+            self._can_rehearse = False  # and would not next time
+            self.telemetry.event("fault", kind="rehearse", message=report.not_rehearsed, plan=str(plan))
+        if report.rehearsed_bytes is not None:
+            expected = self.knowledge.learn_memory(plan, report.rehearsed_bytes)
+            self.telemetry.memory(plan, report.rehearsed_bytes, expected)
         return iterators
+
+    def _is_rehearsed(self, plan: Plan) -> bool:
+        """Whether a switch to ``plan`` is kept only if each rank can make a step by itself. Collective over all ranks.
+
+        By default where devices tell what they take, it is not known of the plan, and it may be much.
+        """
+        memory = self.knowledge.memory
+        tight = bool(memory.predict(PlanTable.of([plan]))[0] > _ROOMY * memory.capacity)
+        wanted = self.config.rehearse == ALWAYS or (torch.cuda.is_available() and tight)
+        unknown = self.config.rehearse != NEVER and self._can_rehearse and plan not in dict(memory.peaks)
+        return bool(largest(int(wanted and unknown)))  # ranks may be on unlike devices
 
     def _prepare(self, plan: Plan) -> None:
         """Have a switch to ``plan`` ready; where that fails, the switch itself has to do all of it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from copus_ext.core.files import write_whole
 from copus_ext.core.memory_model import MemoryModel
 from copus_ext.core.noise_tracker import NoiseTracker
 from copus_ext.core.plan import Plan, plan_from_json
+from copus_ext.core.plan_table import PlanTable
 from copus_ext.core.switch_cost import SwitchCost
 from copus_ext.core.throughput import ThroughputModel
 
@@ -28,6 +29,12 @@ class Knowledge:
     candidates: tuple[Plan, ...]
     rejected: dict[Plan, str] = field(default_factory=dict)
 
+    def learn_memory(self, plan: Plan, peak: float) -> float:
+        """Take in what ``plan`` was seen to take of the fullest rank's device; the bytes that were expected."""
+        expected = float(self.memory.predict(PlanTable.of([plan]))[0])
+        self.memory = self.memory.observe(plan, peak)
+        return expected
+
     def objections(self) -> dict[Plan, str]:
         """Which candidates can't be chosen now, and why: refused for good, or by what memory is thought to do."""
         return self.memory.objections(self.candidates) | self.rejected
@@ -43,11 +50,13 @@ class Knowledge:
         }
         write_whole(Path(checkpoints) / f"iter_{iteration:07d}" / _FILE, json.dumps(state))
 
-    def restore(self, state: SavedState) -> None:
-        """Go on from what a checkpoint knew."""
+    def restore(self, state: SavedState, hardware_is_named: bool = False) -> None:
+        """Go on from what a checkpoint knew; ``hardware_is_named``: but with the hardware that this run was told."""
         self.noise = self.noise.carried_on(state.noise)
         self.memory = self.memory.restored(state.memory)
-        self.throughput, self.switch_cost = state.throughput, state.switch_cost
+        hardware = self.throughput.hardware if hardware_is_named else state.throughput.hardware
+        self.throughput = replace(self.throughput, hardware=hardware, histories=state.throughput.histories)
+        self.switch_cost = state.switch_cost
 
 
 @dataclass(frozen=True)

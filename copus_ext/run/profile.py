@@ -18,7 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from copus_ext.adapters.agreement import largest
 from copus_ext.adapters.arguments import first_line
+from copus_ext.adapters.measure import peak_memory
 from copus_ext.core.errors import UserError
 from copus_ext.core.plan import Plan, parse_plan
 from copus_ext.core.summary import format_bytes
@@ -242,8 +244,6 @@ class ProfiledRun(Driver):
 
     def _measured(self, plan: Plan, lap: int, iterators: Iterators) -> Row:
         """Steps under the plan in force. A step that finds no memory ends the job, and its row says so before."""
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
         try:
             times = self._step_times(iterators)
         except torch.OutOfMemoryError as error:
@@ -251,7 +251,8 @@ class ProfiledRun(Driver):
             raise
         if not times:
             return Row(plan, lap, failure="the loss scale was not found in time")
-        return Row(plan, lap, tuple(times), _peak_memory_bytes())
+        peak = peak_memory()  # since the last segment began; segments of one plan take the same
+        return Row(plan, lap, tuple(times), None if peak is None else largest(peak))
 
     def _step_times(self, iterators: Iterators) -> list[float]:
         """Seconds of the steps behind the first ones. Steps that fp16 skips do less than others, and do not count."""
@@ -313,18 +314,6 @@ class ProfiledRun(Driver):
             "sd_between_laps": _finite(noise.between_laps),
         }
         print(json.dumps(summary), flush=True)
-
-
-def _peak_memory_bytes() -> int | None:
-    """Of the rank that needed most; collective.
-
-    ``None`` on CPUs, where freed memory stays with the process: its size tells of the largest plan so far.
-    """
-    if not torch.cuda.is_available():
-        return None
-    peak = torch.tensor([torch.cuda.max_memory_allocated()], dtype=torch.int64, device="cuda")
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    return int(peak.item())
 
 
 def _finite(share: float) -> float | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from copus_ext.adapters.job import Job, build_job
 from copus_ext.adapters.job_memory import gradients
 from copus_ext.adapters.layouts import LayoutGroups
 from copus_ext.adapters.phases import Phases
+from copus_ext.adapters.rehearsal import RanOut, RehearsalFailed, forget_frames, in_flight, rehearse
 from copus_ext.adapters.reshard import MoveFailed, PlanCache, UnsupportedReshard, plan_reshard, reshard
 from copus_ext.adapters.world import whole_world
 from copus_ext.core.plan import Layout, Plan
@@ -34,7 +34,9 @@ class SwitchReport:
 
     ``seconds`` by phase, on this rank, add up to the whole. Bytes moved from rank to rank, and those that had to, are
     over all ranks. ``state_bytes`` and ``peak_extra_bytes`` are this rank's, as of :class:`ReshardReport`. ``exact``:
-    checksums of all that moved agree; a switch where they do not is given up.
+    checksums of all that moved agree; a switch where they do not is given up. ``rehearsed_bytes``: what a rehearsal
+    took of the fullest rank's device; ``None`` where nothing was rehearsed, or devices do not tell.
+    ``not_rehearsed``: why a rehearsal that was asked for came to nothing.
     """
 
     old: Plan
@@ -45,6 +47,8 @@ class SwitchReport:
     state_bytes: int = 0
     peak_extra_bytes: int = 0
     exact: bool = True
+    rehearsed_bytes: int | None = None
+    not_rehearsed: str = ""
 
     @property
     def total_s(self) -> float:
@@ -54,6 +58,10 @@ class SwitchReport:
 
 class SwitchFailed(RuntimeError):
     """The switch was given up. All ranks are back on the old plan, with nothing lost."""
+
+
+class NoMemory(SwitchFailed):
+    """It was, since a step of the plan was rehearsed and ran out of memory on some rank."""
 
 
 @contextlib.contextmanager
@@ -84,28 +92,38 @@ class Switcher:
         self._not_ahead: set[Layout] = set()  # which could not be prepared ahead of a switch
 
     @_without_collecting_garbage()
-    def switch(self, job: Job, plan: Plan, overrides: dict[str, Any]) -> tuple[Job, SwitchReport]:
+    def switch(
+        self, job: Job, plan: Plan, overrides: dict[str, Any], *, rehearsed: bool = False
+    ) -> tuple[Job, SwitchReport]:
         """Go from the job's plan to ``plan``. Collective over all processes.
 
         Args:
             job: what trains now, between two steps.
             plan: where to go.
             overrides: further arguments for the new plan (learning rates, padded vocabulary).
+            rehearsed: see whether all ranks have the memory for a step of ``plan`` before it is settled that the job
+                stays there (:func:`~copus_ext.adapters.rehearsal.rehearse`). The same on every rank. Where only batch
+                sizes change, nothing is rehearsed that can't need more memory than before.
 
         Returns:
             The job to go on with, and how it went.
 
         Raises:
+            NoMemory: a rank ran out of memory in the rehearsal; ``job`` is as it was.
             SwitchFailed: a rank could not prepare, or the state did not arrive as it left; ``job`` is as it was.
         """
         phases = Phases()
         report = SwitchReport(job.plan, plan, phases.seconds)
         with phases("prepare"):
             args = self._arguments(job, plan, overrides)
-            if plan.layout == job.plan.layout:
+        if plan.layout == job.plan.layout:
+            if rehearsed and _takes_more(plan, job):
+                with phases("rehearse"):
+                    _rehearse(job, plan, report)
+            with phases("prepare"):
                 _change_batch(job, plan, args, job.args)
-                return job, report
-            rng = RngState.capture()
+            return job, report
+        rng = RngState.capture()
         with _return_if_it_fails(job, self._layouts, rng):
             with phases("prepare"):
                 gradients(job).empty()  # what is built next may take their place
@@ -115,6 +133,9 @@ class Switcher:
             phases.seconds[phase] = phases.seconds.get(phase, 0.0) + seconds
         report.bytes_moved, report.bytes_minimum = moved.bytes_moved, moved.bytes_minimum
         report.state_bytes, report.peak_extra_bytes = moved.state_bytes, moved.peak_extra_bytes
+        if rehearsed:
+            with phases("rehearse"), self._moved_back_if_it_fails(job, new, rng):
+                _rehearse(new, plan, report)
         with phases("release"):
             carry_scheduler(job, new)
             rng.restore_for(new, args.iteration)
@@ -164,6 +185,23 @@ class Switcher:
         _change_batch(kept, plan, args, running)
         return kept
 
+    @contextlib.contextmanager
+    def _moved_back_if_it_fails(self, job: Job, new: Job, rng: RngState) -> Iterator[None]:
+        """Where a rehearsal of ``new`` fails, which it does on all ranks alike, give ``job`` all of its state back.
+
+        Raises:
+            MoveFailed: it did not arrive. There is no job to go on with then, and the run has to end.
+        """
+        try:
+            yield
+        except NoMemory:
+            gradients(new).empty()
+            put_in_charge(job, self._layouts)
+            reshard(new, job, plans=self.plans)
+            rng.restore()
+            self._keep(new)  # its layout may do with a smaller micro-batch
+            raise
+
     def _keep(self, job: Job) -> None:
         self._hollow[job.plan.layout] = job
         if len(self._hollow) > _KEPT:
@@ -179,17 +217,30 @@ def _return_if_it_fails(job: Job, layouts: LayoutGroups, rng: RngState) -> Itera
     except (SwitchFailed, UnsupportedReshard, MoveFailed) as error:
         put_in_charge(job, layouts)
         rng.restore()
-        _forget_frames(error)
+        forget_frames(error)
         gc.collect()
         gradients(job).fill()
         raise SwitchFailed(str(error)) from error
 
 
-def _forget_frames(error: BaseException | None) -> None:
-    """What was half built when it failed lives on in the frames of the traceback, where memory is wanted back."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+def _rehearse(job: Job, plan: Plan, report: SwitchReport) -> None:
+    """Rehearse a step of ``plan``. Only memory decides: where a rank can't make one alone, that is noted and no more.
+
+    Raises:
+        NoMemory: on every rank, where one ran out.
+    """
+    try:
+        report.rehearsed_bytes = rehearse(job, plan)
+    except RanOut as failure:
+        raise NoMemory(f"the rehearsal of {plan}: {failure}") from None
+    except RehearsalFailed as failure:
+        report.not_rehearsed = str(failure)
+
+
+def _takes_more(plan: Plan, job: Job) -> bool:
+    """Whether a step of ``plan`` may need more memory than one of the job's plan, in the same layout."""
+    group, than = job.config.microbatch_group_size_per_vp_stage, job.plan
+    return plan.micro_batch > than.micro_batch or in_flight(plan, group) > in_flight(than, group)
 
 
 def _built(plan: Plan, args: argparse.Namespace, layouts: LayoutGroups, vote: Callable[[], None]) -> Job:

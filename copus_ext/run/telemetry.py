@@ -75,6 +75,10 @@ class Telemetry:
             }
         )
 
+    def memory(self, plan: Plan, peak_bytes: int, predicted_bytes: float) -> None:
+        """What ``plan`` was seen to take of the fullest rank's device, and what was expected."""
+        self.event("memory", plan=str(plan), peak_bytes=peak_bytes, predicted_bytes=predicted_bytes)
+
     def switch_check(self, verdict: ContinuityVerdict, plan: Plan) -> None:
         """Whether N and S went on after a switch of the layout as before it."""
         self.event("switch_check", plan=str(plan), **verdict.to_json())

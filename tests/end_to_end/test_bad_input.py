@@ -106,6 +106,9 @@ CASES = {
         "--copus-noise-half-life-tokens",
     ),
     "unknown rule for the learning rate": (MOCK + "--copus-lr-rule cube", (), "--copus-lr-rule"),
+    "unknown time to rehearse": (MOCK + "--copus-rehearse sometimes", (), "--copus-rehearse"),
+    "unknown hardware": (MOCK + "--copus-hardware abacus", (), "--copus-hardware"),
+    "no table of step times": (MOCK + "--copus-throughput-table none.csv", (), "--copus-throughput-table"),
 }
 
 

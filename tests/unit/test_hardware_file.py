@@ -49,7 +49,7 @@ def test_shipped_files_say_everything_and_say_it_from_a_source(name: str) -> Non
 
 
 def test_names_are_found_whatever_their_case() -> None:
-    assert shipped_hardware() == ["a100", "h100", "h200", "mi210", "mi250x"]
+    assert shipped_hardware() == ["a100", "b200", "gb200", "h100", "h200", "mi210", "mi250x"]
     assert load_hardware("H100") == load_hardware("h100")
 
 
@@ -77,7 +77,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
         ("flops = 1e15", "flops = nan", "flops = nan"),
         ("flops = 1e15", "flops = 0", "positive"),
         ("latency_s = 0", "latency_s = -1", "not negative"),
-        ("flops = 1e15", "flops = 1e15\nnode_flops = 1e15", "node_flops is not known; there are flops"),
+        ("flops = 1e15", "flops = 1e15\nnode_size = 8", "node_size is not known; there are flops"),
         ("matmul = 0.7", "matmull = 0.7", "reached.matmull is not known; there are matmul"),
         ("matmul = 0.7", "matmul = 0", "reached.matmul = 0"),
         ("devices_per_node = 4", "devices_per_node = 2.5", "whole number"),
@@ -100,7 +100,7 @@ def test_reached_must_be_a_table(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--hardware: there is no file b100; .* a100, h100"):
+    with pytest.raises(UserError, match=r"--hardware: there is no file b100; .* a100, b200, gb200, h100"):
         load_hardware("b100")
     with pytest.raises(UserError, match="there is no file"):
         load_hardware(str(tmp_path))
@@ -125,7 +125,9 @@ def test_cpu_is_measured_and_not_read() -> None:
         ("NVIDIA A100-SXM4-80GB", "a100"),
         ("AMD Instinct MI250X", "mi250x"),
         ("AMD Instinct MI210", "mi210"),
-        ("NVIDIA B200", "a100"),  # not known: a guess that measuring corrects
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA GB200", "gb200"),
+        ("NVIDIA L4", "a100"),  # not known: a guess that measuring corrects
     ],
 )
 def test_the_file_of_a_gpu_by_the_name_it_reports(reported: str, file: str) -> None:

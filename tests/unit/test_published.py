@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from copus_ext.core.error_kernel import ErrorKernel
 from copus_ext.core.points import Point, read_points, read_rows
 from copus_ext.core.published import POINTS, Points, condition, covariance, read_fit, usable
 from predict_throughput import main, predictions
@@ -63,13 +62,6 @@ def test_software_that_is_not_known_is_predicted_with_more_doubt() -> None:
     known, unknown = (FIT.predict(KNOWN, Points([one])) for one in (point, strange))
     assert known.high_s[0] / known.low_s[0] < unknown.high_s[0] / unknown.low_s[0]
     assert unknown.low_s[0] < unknown.step_time_s[0] < unknown.high_s[0]
-
-
-def test_a_run_alone_has_the_fitted_kernel() -> None:
-    """The defaults that every run begins with are the fitted ones, rounded."""
-    default, fitted = ErrorKernel(), FIT.kernel.of_a_run()
-    np.testing.assert_allclose([default.part_sd, default.plan_sd], [fitted.part_sd, fitted.plan_sd], rtol=0.15)
-    np.testing.assert_allclose(default.lengths, fitted.lengths, rtol=0.15)
 
 
 def test_memory_of_reported_runs_is_predicted() -> None:

@@ -142,3 +142,43 @@ def test_small_batches_favour_pipelines_where_ranks_share_cores() -> None:
 def test_hardware_that_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="memory_bandwidth"):
         replace(NODE, memory_bandwidth=0.0)
+
+
+CLUSTER = replace(NODE, inter_node_bandwidth=1e10, latency_s=0.0)
+EXPERTS = replace(MODEL, experts=8, experts_per_token=2, moe_ffn=2048, tied=False)
+
+
+def test_replicas_of_experts_are_farther_apart_than_those_of_the_rest() -> None:
+    """Eight experts on the eight devices of a node: each has its one replica on the other node."""
+    plan = Plan(Layout(dp=16, ep=8), 1, 16)
+    reduced = step_time_parts(plan, EXPERTS, CLUSTER).data
+    expert = MODEL.layers * EXPERTS.mlp_params * 4  # bytes of gradients, of one expert a layer
+    dense = (MODEL.layers * EXPERTS.attention_params + 2 * EXPERTS.embedding_params) * 4
+    among_nodes = min(CLUSTER.intra_node_bandwidth, 8 * CLUSTER.inter_node_bandwidth)
+    alone = 2 * 1 / 2 * expert / CLUSTER.inter_node_bandwidth
+    assert reduced == pytest.approx(2 * 15 / 16 * dense / among_nodes + alone)
+
+
+def test_the_optimizer_updates_what_its_rank_owns() -> None:
+    plans = [Plan(Layout(dp=8, ep=ep, distributed_optimizer=True), 1, 8) for ep in (1, 8)]
+    traffic = [step_time_parts(plan, EXPERTS, NODE).optimizer * NODE.memory_bandwidth for plan in plans]
+    experts = MODEL.layers * EXPERTS.mlp_params * 8
+    dense = MODEL.layers * EXPERTS.attention_params + 2 * EXPERTS.embedding_params
+    assert traffic[0] == pytest.approx((dense + experts) * (40 / 8 + 4))
+    assert traffic[1] == pytest.approx(dense * (40 / 8 + 4) + experts / 8 * (40 + 4)), "each expert is on one rank"
+
+
+def test_tied_embeddings_cross_from_the_first_stage_to_the_last() -> None:
+    """Two stages in the middle of a node, or on two nodes: what is next to each other is not what shares embeddings."""
+    model, plan = replace(MODEL, tied=True, vocab=100_000), Plan(Layout(pp=4, dp=4), 1, 16)
+    untied = step_time_parts(plan, replace(model, tied=False), CLUSTER).data
+    embedding = model.embedding_params * 4
+    tied = step_time_parts(plan, model, CLUSTER).data
+    assert tied - untied == pytest.approx(embedding / CLUSTER.inter_node_bandwidth)
+
+
+def test_fp32_products_run_at_their_own_speed() -> None:
+    slow = replace(NODE, fp32_flops=NODE.flops / 10, memory_bandwidth=1e30)
+    plan = Plan(Layout(dp=8), 1, 8)
+    half = replace(MODEL, param_bytes=2)
+    assert step_time_parts(plan, MODEL, slow).matmul == pytest.approx(10 * step_time_parts(plan, half, slow).matmul)

@@ -92,7 +92,7 @@ def shared_cpu(cores: int, ranks: int, memory_bytes: float) -> Hardware:
         devices_per_node=ranks,
         memory_bytes=memory_bytes / ranks,
         step_overhead_s=0.01,
-        layer_overhead_s=3e-3,
+        layer_overhead_s=6e-3,  # as in a sweep of small models: tests/data/cpu_sweep_4_ranks.csv
     )
 
 

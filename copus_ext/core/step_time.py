@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -101,9 +101,16 @@ def step_times(table: PlanTable, model: ModelShape, hardware: Hardware, options:
         optimizer=optimizer,
         fixed=fixed,
     )
-    mean_micro_step = model.layers / table.pp * layer.total + head.total / table.pp + hop
-    work = micro_steps * mean_micro_step + data + optimizer + fixed  # of an average rank
-    return _share_devices(path, work, stage, table, hardware)
+    # Of an average rank, which unlike the slowest one has its share of the output layer.
+    computing = micro_steps * (model.layers * _on_cores(layer) + _on_cores(head)) / table.pp
+    mean_micro_step = (model.layers * layer.total + head.total) / table.pp + hop
+    others = micro_steps * mean_micro_step - computing + data + optimizer + fixed
+    return _share_devices(path, computing, others, stage, table, hardware)
+
+
+def _on_cores(part: LayerTime | StepTimeParts) -> Any:
+    """What takes longer where ranks share cores. The rest is measured with all ranks at it, and takes what it takes."""
+    return part.matmul + part.attention + part.overhead
 
 
 def _layers_of_stages(table: PlanTable, model: ModelShape) -> tuple[Any, Any]:
@@ -116,22 +123,25 @@ def _layers_of_stages(table: PlanTable, model: ModelShape) -> tuple[Any, Any]:
     return full, np.maximum(full - missing / 2, 0.0)
 
 
-def _share_devices(path: StepTimeParts, work: Any, stage: Any, table: PlanTable, hardware: Hardware) -> StepTimeParts:
-    """Stretch the critical path to the time that all work takes on fewer devices; waiting shrinks as it stretches.
+def _share_devices(
+    path: StepTimeParts, computing: Any, others: Any, stage: Any, table: PlanTable, hardware: Hardware
+) -> StepTimeParts:
+    """Stretch what is computed to the time that all work takes on fewer devices; waiting shrinks as it stretches.
 
-    While a pipeline fills, its first stages alone cannot keep all devices busy: k stages of g ranks have work after k
-    forward passes, so with room for d = devices / g stages the idle part is (d - 1) / 2 of a stage's seconds.
+    ``computing`` and ``others`` are seconds of an average rank, all of its work together. While a pipeline fills, its
+    first stages alone cannot keep all devices busy: k stages of g ranks have work after k forward passes, so with room
+    for d = devices / g stages the idle part is (d - 1) / 2 of a stage's seconds.
     """
     ranks = table.world_size
     devices = hardware.busy_devices(ranks)
     room = np.maximum(1.0, devices * table.pp / ranks)
-    all_work = work * ranks / devices
-    path_s = path.total
-    total = np.maximum(path_s, all_work + (room - 1.0) / 2.0 * stage / table.vpp)
+    all_work = computing * ranks / devices + others
+    total = np.maximum(path.total, all_work + (room - 1.0) / 2.0 * stage / table.vpp)
     bubble = np.minimum(path.bubble, total - all_work)
-    stretch = (total - bubble) / (path_s - path.bubble)
-    stretched = {name: getattr(path, name) * stretch for name in PARTS}
-    return StepTimeParts(**{**stretched, "bubble": bubble})
+    on_path = _on_cores(path)
+    stretch = 1.0 + (total - bubble - (path.total - path.bubble)) / on_path
+    stretched = {name: getattr(path, name) * stretch for name in ("matmul", "attention", "overhead")}
+    return replace(path, **stretched, bubble=bubble)
 
 
 def _hop_seconds(table: PlanTable, model: ModelShape, hardware: Hardware, options: RunOptions) -> Any:

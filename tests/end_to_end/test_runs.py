@@ -21,6 +21,8 @@ CONTRACT = {
     "noise_scale": {"value", "low", "high", "N", "S", "n_eff"},
     "decision": {"chosen", "current", "reason", "candidates"},
     "switch": {"from", "to", "seconds", "bytes_moved", "exact"},
+    "switch_check": {"plan"},
+    "prepare": {"plan", "seconds"},
     "eval": {"loss"},
     "run_end": {"status"},
 }

@@ -45,6 +45,7 @@ def measure_shared_cpu(hardware: Hardware) -> Hardware:
         dist.all_reduce(small)
 
     work = 2.0 * _ROWS * _WIDTH * _WIDTH
+    dist.barrier()  # ranks that come late would leave their cores to the others
     together = work / _median_seconds(lambda: torch.mm(left, right), 40)
     dist.barrier()
     alone = 0.0
@@ -62,11 +63,12 @@ def measure_shared_cpu(hardware: Hardware) -> Hardware:
     together, alone, copied, latency, reduce_s = (figures / world_size).tolist()
     if world_size == 1:
         return replace(hardware, flops=alone, node_flops=alone, memory_bandwidth=copied)
+    cores = hardware.node_flops / hardware.flops  # that there are to share: what is measured can't be more
     wire_s = max(reduce_s - hops * latency, 0.5 * reduce_s)
     return replace(
         hardware,
         flops=alone,
-        node_flops=min(together, alone) * world_size,
+        node_flops=min(together * world_size, alone * cores),
         memory_bandwidth=copied,
         intra_node_bandwidth=traffic / wire_s,
         latency_s=latency,

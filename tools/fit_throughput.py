@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares, minimize
 
-from copus_ext.core.constants import FITTED, Constants
+from copus_ext.core.constants import FITTED, OVERHEADS, Constants
 from copus_ext.core.errors import UserError
 from copus_ext.core.files import write_whole
 from copus_ext.core.hardware import Reached
@@ -65,7 +65,6 @@ PRIOR = {
 }
 _NAMES = tuple(PRIOR)
 START, _PRIOR_SD = (np.array(column) for column in zip(*((np.log(m), sd) for m, sd in PRIOR.values()), strict=True))
-_OVERHEADS = ("latency_s", "layer_overhead_s", "step_overhead_s")
 
 # The kernel's, likewise: standard deviations, then lengths. What does not vary among the points is left where it is.
 _SDS = ("gpu_sd", "stack_sd", "source_sd", "stack_part_sd", "source_part_sd", "fp8_sd", "plan_sd", "noise_sd")
@@ -96,8 +95,8 @@ def constants_of(log_values: Array) -> Constants:
     """Constants from the vector that is fitted."""
     values = {name: float(np.exp(value)) for name, value in zip(_NAMES, log_values, strict=True)}
     return Constants(
-        **{name: values[name] for name in _OVERHEADS},
-        reached=Reached(**{name: value for name, value in values.items() if name not in _OVERHEADS}),
+        **{name: values[name] for name in OVERHEADS},
+        reached=Reached(**{name: value for name, value in values.items() if name not in OVERHEADS}),
     )
 
 

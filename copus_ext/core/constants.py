@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ class Constants:
     def of(self, hardware: Hardware) -> Hardware:
         """The hardware with these constants instead of its own."""
         return replace(hardware, **vars(self))
+
+
+OVERHEADS = tuple(entry.name for entry in fields(Constants) if entry.name != "reached")  # in seconds
 
 
 def constants_from_json(values: Mapping[str, Any]) -> Constants:

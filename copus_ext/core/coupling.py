@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from copus_ext.core.hardware import Hardware
 from copus_ext.core.hardware_file import load_hardware
+from copus_ext.core.known_models import llama
 from copus_ext.core.model_shape import ModelShape
 from copus_ext.core.options import RunOptions
 from copus_ext.core.plan import Layout, Plan
@@ -219,22 +220,6 @@ def _speeds(rows: Sequence[Row]) -> tuple[float, float, float]:
 # -- the setups of arXiv 2604.26687
 
 
-def _llama(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab: int, tied: bool = False) -> ModelShape:
-    return ModelShape(
-        layers,
-        hidden,
-        heads,
-        kv_heads,
-        ffn,
-        vocab,
-        seq=2048,
-        gated=True,
-        tied=tied,
-        param_bytes=2,
-        flash_attention=True,
-    )
-
-
 # The paper's section 6.1 has cards in NVLink pairs, PCIe between pairs, and 350 Gbit/s between nodes. What it leaves
 # open is our choice: the PCIe card of NVIDIA's data sheet (756 TFLOP/s, 2 TB/s, an NVLink bridge of 600 GB/s both
 # ways), PCIe 5 with 64 GB/s one way, and the 350 Gbit/s as the whole node's, which eight cards share.
@@ -244,6 +229,7 @@ _H100_NETWORK = {**_H100_PAIRS, "inter_node_bandwidth": 350e9 / 8 / 8}
 # Infinity Fabric of 200 GB/s within a NUMA domain (taken as both ways together) and 25 GB/s between nodes of eight.
 _MI210_NETWORK = {"intra_node_bandwidth": 100e9, "inter_node_bandwidth": 25e9 / 8, "devices_per_node": 4}
 
+_SEQ = 2048
 _BATCHES = tuple(2**power for power in range(4, 11))  # all runs start at 16; the largest static baseline is 1,024
 
 # Models, devices, sequence length: section 6.1 of arXiv 2604.26687 (v1). Fastest layouts: those of its two CBS
@@ -252,7 +238,7 @@ _BATCHES = tuple(2**power for power in range(4, 11))  # all runs start at 16; th
 SETUPS = (
     Setup(
         "Llama 3.2 3B, 8 H100",
-        _llama(28, 3072, 24, 8, 8192, 128256, tied=True),
+        llama(28, 3072, 24, 8, 8192, 128256, _SEQ, tied=True),
         "h100",
         8,
         _BATCHES,
@@ -261,7 +247,7 @@ SETUPS = (
     ),
     Setup(
         "Llama 2 13B, 16 H100",
-        _llama(40, 5120, 40, 40, 13824, 32000),
+        llama(40, 5120, 40, 40, 13824, 32000, _SEQ),
         "h100",
         16,
         _BATCHES,
@@ -270,7 +256,7 @@ SETUPS = (
     ),
     Setup(
         "Qwen 2.5 32B, 32 H100",
-        _llama(64, 5120, 40, 8, 27648, 152064),
+        llama(64, 5120, 40, 8, 27648, 152064, _SEQ),
         "h100",
         32,
         _BATCHES,
@@ -279,7 +265,7 @@ SETUPS = (
     ),
     Setup(
         "Llama 2 7B, 32 MI210",
-        _llama(32, 4096, 32, 32, 11008, 32000),
+        llama(32, 4096, 32, 32, 11008, 32000, _SEQ),
         "mi210",
         32,
         _BATCHES,

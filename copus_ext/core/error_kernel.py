@@ -8,6 +8,7 @@ with the plan itself. Plans that resemble each other err alike, so the ratio of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,14 +67,32 @@ class ErrorKernel:
     def between(self, left: Features, right: Features) -> Array:
         """[n, m] covariance of the log errors of n plans with those of m others, before any measurement."""
         parts = self.part_sd**2 * left.shares @ right.shares.T
-        return self.common_sd**2 + parts + self.plan_sd**2 * self.likeness(left, right)
-
-    def likeness(self, left: Features, right: Features) -> Array:
-        """[n, m] squared exponential of the distance in coordinates: 1 for the same plan."""
-        a, b = left.coordinates / np.array(self.lengths), right.coordinates / np.array(self.lengths)
-        square = np.sum(a**2, axis=1)[:, None] + np.sum(b**2, axis=1)[None, :] - 2.0 * a @ b.T
-        return np.asarray(np.exp(-0.5 * np.maximum(square, 0.0)))
+        alike = likeness(left.coordinates, right.coordinates, self.lengths)
+        return self.common_sd**2 + parts + self.plan_sd**2 * alike
 
     def variance(self, features: Features) -> Array:
         """[n] diagonal of :meth:`between`."""
         return self.common_sd**2 + self.part_sd**2 * np.sum(features.shares**2, axis=1) + self.plan_sd**2
+
+
+def likeness(left: Array, right: Array, lengths: Sequence[float]) -> Array:
+    """[n, m] squared exponential of the distance of [n, k] coordinates from [m, k] others, in ``lengths``."""
+    a, b = left / np.array(lengths), right / np.array(lengths)
+    square = np.sum(a**2, axis=1)[:, None] + np.sum(b**2, axis=1)[None, :] - 2.0 * a @ b.T
+    return np.asarray(np.exp(-0.5 * np.maximum(square, 0.0)))
+
+
+def explain(within: Array, across: Array, residual: Array) -> tuple[Array, Array]:
+    """What n values of a Gaussian process say of m others (Rasmussen and Williams 2006, eq. 2.23 and 2.24).
+
+    Args:
+        within: [n, n] covariance of the n, noise included.
+        across: [n, m] with the others.
+        residual: [n] what the values are off by.
+
+    Returns:
+        [m] expected offset of the others, and [n, m] columns whose products are what is taken from their covariance.
+    """
+    factor = np.linalg.cholesky(within)
+    explained = np.linalg.solve(factor, across)
+    return explained.T @ np.linalg.solve(factor, residual), explained

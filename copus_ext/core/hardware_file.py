@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from copus_ext.core.constants import fitted_constants
+from copus_ext.core.constants import OVERHEADS, fitted_constants
 from copus_ext.core.errors import UserError
 from copus_ext.core.hardware import Hardware, Reached, may_be_zero
 
@@ -30,8 +30,7 @@ _FILE_OF_GPU = {  # the first name that is part of what the driver reports
     "MI250": "mi250x",
     "MI210": "mi210",
 }
-_FITTED = ("latency_s", "layer_overhead_s", "step_overhead_s")
-_OPTIONAL = (*_FITTED, "node_flops", "fp32_flops")
+_OPTIONAL = (*OVERHEADS, "node_flops", "fp32_flops")
 _KEYS = tuple(entry.name for entry in fields(Hardware) if entry.name != "reached")
 _REACHED_KEYS = tuple(entry.name for entry in fields(Reached))
 
@@ -68,7 +67,7 @@ def load_hardware(name_or_path: str, devices_per_node: int | None = None, flag: 
     reached = _numbers(table, _REACHED_KEYS, where, "reached.")
     devices = _whole(figures["devices_per_node"] if devices_per_node is None else devices_per_node, where)
     fitted = fitted_constants()
-    usual = {name: getattr(fitted, name) for name in _FITTED} | {"node_flops": figures["flops"] * devices}
+    usual = {name: getattr(fitted, name) for name in OVERHEADS} | {"node_flops": figures["flops"] * devices}
     told = {**figures, "devices_per_node": devices, "reached": replace(fitted.reached, **reached)}
     return Hardware(**usual | told)
 
@@ -76,7 +75,8 @@ def load_hardware(name_or_path: str, devices_per_node: int | None = None, flag: 
 def in_nodes_of(hardware: Hardware, devices: int) -> Hardware:
     """The same hardware, ``devices`` of it to a node; no more than it has, since its links reach no further."""
     held = min(devices, hardware.devices_per_node)
-    return replace(hardware, devices_per_node=held, node_flops=hardware.flops * held)
+    share = held / hardware.devices_per_node  # where devices share cores, a node has less than they have alone
+    return replace(hardware, devices_per_node=held, node_flops=hardware.node_flops * share)
 
 
 def hardware_of_gpu(name: str, devices_per_node: int, memory_bytes: float) -> Hardware:

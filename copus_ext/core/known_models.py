@@ -25,7 +25,10 @@ def _gpt(layers: int, hidden: int, heads: int, vocab: int, seq: int) -> ModelSha
     )
 
 
-def _llama(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab: int, seq: int) -> ModelShape:
+def llama(
+    layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab: int, seq: int, tied: bool = False
+) -> ModelShape:
+    """A model of that family, in bf16."""
     return ModelShape(
         layers,
         hidden,
@@ -35,7 +38,7 @@ def _llama(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, vocab:
         vocab,
         seq,
         gated=True,
-        tied=False,
+        tied=tied,
         param_bytes=2,
         flash_attention=True,
     )
@@ -51,12 +54,12 @@ KNOWN_MODELS = {
     "gpt2-124m": KnownModel(_gpt(12, 768, 12, 50257, 1024), _GPT2),
     "gpt2-1.5b": KnownModel(_gpt(48, 1600, 25, 50257, 1024), _GPT2),
     "gpt3-175b": KnownModel(_gpt(96, 12288, 96, 50257, 2048), _GPT3),
-    "llama2-7b": KnownModel(_llama(32, 4096, 32, 32, 11008, 32000, 4096), _LLAMA2),
-    "llama2-70b": KnownModel(_llama(80, 8192, 64, 8, 28672, 32000, 4096), _LLAMA2),
-    "llama3-8b": KnownModel(_llama(32, 4096, 32, 8, 14336, 128256, 8192), _LLAMA3),
-    "llama3-70b": KnownModel(_llama(80, 8192, 64, 8, 28672, 128256, 8192), _LLAMA3),
+    "llama2-7b": KnownModel(llama(32, 4096, 32, 32, 11008, 32000, 4096), _LLAMA2),
+    "llama2-70b": KnownModel(llama(80, 8192, 64, 8, 28672, 32000, 4096), _LLAMA2),
+    "llama3-8b": KnownModel(llama(32, 4096, 32, 8, 14336, 128256, 8192), _LLAMA3),
+    "llama3-70b": KnownModel(llama(80, 8192, 64, 8, 28672, 128256, 8192), _LLAMA3),
     # 126 layers and two that count as such make 128: "one layer less on the first and the last stage", section 3.3.2.
-    "llama3.1-405b": KnownModel(_llama(126, 16384, 128, 8, 53248, 128256, 8192), _LLAMA3, counted_as_layers=2),
+    "llama3.1-405b": KnownModel(llama(126, 16384, 128, 8, 53248, 128256, 8192), _LLAMA3, counted_as_layers=2),
     "mixtral-8x7b": KnownModel(
         ModelShape(
             layers=32,

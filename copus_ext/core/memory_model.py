@@ -67,7 +67,7 @@ class MemoryModel:
         if not plans:
             return {}
         needed = self.predict(PlanTable.of(plans))
-        limit = MOST_OF_MEMORY * self.capacity
+        limit, measured = MOST_OF_MEMORY * self.capacity, dict(self.peaks)
         found = {
             plan: f"needs {need / 2**30:.1f} GiB of {self.capacity / 2**30:.1f} on a rank, and at most 90 % is taken"
             for plan, need in zip(plans, needed.tolist(), strict=True)
@@ -76,7 +76,7 @@ class MemoryModel:
         if self.exhausted:
             least = float(np.min(self.predict(PlanTable.of(self.exhausted))))
             for plan, need in zip(plans, needed.tolist(), strict=True):
-                if need >= least and plan not in dict(self.peaks):
+                if need >= least and plan not in measured:
                     found.setdefault(plan, f"needs {need / 2**30:.1f} GiB on a rank, and less ran out of memory before")
         return {**found, **{plan: "ran out of memory before" for plan in plans if plan in self.exhausted}}
 

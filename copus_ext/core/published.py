@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from copus_ext.core.constants import FITTED, Constants, constants_from_json
-from copus_ext.core.error_kernel import Array, ErrorKernel, Features
+from copus_ext.core.error_kernel import Array, Features, explain, likeness
 from copus_ext.core.hardware import Hardware
 from copus_ext.core.hardware_file import file_of_gpu, load_hardware
 from copus_ext.core.memory import peak_bytes
@@ -214,10 +214,8 @@ def covariance(kernel: PublishedKernel, left: Points, a: Expected, right: Points
     same = {name: left.labels(name)[:, None] == right.labels(name)[None, :] for name in ("gpu", "stack", "source")}
     parts = a.shares @ b.shares.T
     eight_bit = np.outer(left.fp8 * a.shares[:, 0], right.fp8 * b.shares[:, 0])
-    likeness = ErrorKernel(lengths=kernel.lengths).likeness(
-        Features(a.shares, a.coordinates), Features(b.shares, b.coordinates)
-    )
-    of_stack = kernel.stack_sd**2 + kernel.stack_part_sd**2 * parts + kernel.plan_sd**2 * likeness
+    alike = likeness(a.coordinates, b.coordinates, kernel.lengths)
+    of_stack = kernel.stack_sd**2 + kernel.stack_part_sd**2 * parts + kernel.plan_sd**2 * alike
     of_source = kernel.source_sd**2 + kernel.source_part_sd**2 * parts
     shared = same["gpu"] * kernel.gpu_sd**2 + same["stack"] * of_stack + same["source"] * of_source
     return np.asarray(shared + kernel.fp8_sd**2 * eight_bit)
@@ -230,9 +228,7 @@ def noise_variance(kernel: PublishedKernel, weights: Array) -> float:
 
 def condition(within: Array, across: Array, prior: Array, residual: Array) -> tuple[Array, Array]:
     """Mean [m] and variance [m] of a normal, given n others: ``within`` [n, n], ``across`` [n, m], ``prior`` [m]."""
-    factor = np.linalg.cholesky(within)
-    explained = np.linalg.solve(factor, across)
-    mean = explained.T @ np.linalg.solve(factor, residual)
+    mean, explained = explain(within, across, residual)
     return mean, np.maximum(prior - np.sum(explained**2, axis=0), 0.0)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from copus_ext.core.error_kernel import ErrorKernel, Features
+from copus_ext.core.error_kernel import ErrorKernel, Features, explain
 from copus_ext.core.hardware import Hardware, hardware_from_json
 from copus_ext.core.model_shape import ModelShape
 from copus_ext.core.options import RunOptions
@@ -136,10 +136,8 @@ class ThroughputModel:
         table = PlanTable.of([history.plan for history in self.histories])
         parts = step_times(table, self.model, self.hardware, self.options)
         seen = Features.of(table, parts)
-        factor = np.linalg.cholesky(self.kernel.between(seen, seen) + np.diag(medians[:, 1]))
-        explained = np.linalg.solve(factor, self.kernel.between(seen, features))
-        residual = np.linalg.solve(factor, medians[:, 0] - np.log(parts.total))
-        return explained.T @ residual, explained
+        within = self.kernel.between(seen, seen) + np.diag(medians[:, 1])
+        return explain(within, self.kernel.between(seen, features), medians[:, 0] - np.log(parts.total))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; through ``json`` and :meth:`from_json` they come back to the last bit (floats by ``repr``)."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import NoReturn
 
 from copus_ext.core.errors import UserError
 from copus_ext.run import start
@@ -31,13 +30,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    def refuse(message: str) -> NoReturn:
-        raise UserError(message)
-
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=style)
-    parser.error = refuse  # type: ignore[method-assign]
-    return add_branch_arguments(parser)
+    return add_branch_arguments(start.flag_parser(__doc__))
 
 
 def _run(flags: argparse.Namespace) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import NoReturn
 
 from copus_ext.core.errors import UserError
 from copus_ext.run import start
@@ -29,15 +28,9 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    def refuse(message: str) -> NoReturn:
-        raise UserError(message)
-
     from copus_ext.run.profile import add_profile_arguments
 
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=style)
-    parser.error = refuse  # type: ignore[method-assign]
-    return add_profile_arguments(parser)
+    return add_profile_arguments(start.flag_parser(__doc__))
 
 
 def _run() -> int:

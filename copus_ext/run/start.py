@@ -115,6 +115,18 @@ def _gather_outputs(raw: argparse.Namespace) -> None:
         raw.save = os.path.join(raw.copus_dir, "checkpoints")
 
 
+def flag_parser(description: str | None) -> argparse.ArgumentParser:
+    """For a tool's own flags beside those of a run; what is wrong with them is a :class:`UserError`."""
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(message)
+
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False, formatter_class=style)
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser
+
+
 def set_cpu_flags(raw: argparse.Namespace) -> None:
     """Where there is no accelerator, set the flags that upstream needs there, and say so in one line."""
     import torch

@@ -279,10 +279,13 @@ class Driver:
         By default where devices tell what they take, it is not known of the plan, and it may be much.
         """
         memory = self.knowledge.memory
+        unknown = self._can_rehearse and plan not in dict(memory.peaks)  # the same on every rank, as the flag is
+        if self.config.rehearse == NEVER or not unknown:
+            return False
+        if self.config.rehearse == ALWAYS or not torch.cuda.is_available():
+            return self.config.rehearse == ALWAYS
         tight = bool(memory.predict(PlanTable.of([plan]))[0] > _ROOMY * memory.capacity)
-        wanted = self.config.rehearse == ALWAYS or (torch.cuda.is_available() and tight)
-        unknown = self.config.rehearse != NEVER and self._can_rehearse and plan not in dict(memory.peaks)
-        return bool(largest(int(wanted and unknown)))  # ranks may be on unlike devices
+        return bool(largest(int(tight)))  # ranks may be on unlike devices
 
     def _prepare(self, plan: Plan) -> None:
         """Have a switch to ``plan`` ready; where that fails, the switch itself has to do all of it."""

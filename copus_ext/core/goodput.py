@@ -57,22 +57,36 @@ def has_upper_bound(noise: NoiseEstimate) -> bool:
     return math.isfinite(noise.high)
 
 
-def critical_batch_quantiles(noise: NoiseEstimate | None) -> NDArray[np.float64] | None:
-    """[QUANTILES] equally likely critical batches, from the interval of the noise scale and the prior of c.
+def log_noise_quantiles(value: float, low: float, high: float) -> NDArray[np.float64] | None:
+    """[QUANTILES] equally likely logarithms of the noise scale, from its estimate and its 95 % interval.
 
-    The logarithm of the noise scale is taken as normal on either side of its estimate, with the width that its 95 %
-    interval has on that side. With an open upper end all that is known is the lower one, and that is what is used.
-    None where there is no positive lower bound: then nothing is known about the critical batch.
+    The logarithm is taken as normal on either side of the estimate, with the width that the interval has on that side.
+    With an open upper end (``inf``) all that is known is the lower one, and that is what is used. None where there is
+    no positive lower bound.
     """
-    if noise is None or not (math.isfinite(noise.low) and noise.low > 0):
+    if not (math.isfinite(low) and low > 0):
         return None
     z = normal_quantiles()
-    log_noise = np.full_like(z, math.log(noise.low))
-    if has_upper_bound(noise):
-        centre = math.log(noise.value)
-        below, above = centre - math.log(noise.low), math.log(noise.high) - centre
-        log_noise = centre + z / _INTERVAL_95 * np.where(z < 0, below, above)
-    log_c = LOG_C_MEAN + LOG_C_SD * z
+    if not math.isfinite(high):
+        return np.full_like(z, math.log(low))
+    centre = math.log(value)
+    below, above = centre - math.log(low), math.log(high) - centre
+    return np.asarray(centre + z / _INTERVAL_95 * np.where(z < 0, below, above))
+
+
+def critical_batch_quantiles(
+    noise: NoiseEstimate | None, log_c: NDArray[np.float64] | None = None
+) -> NDArray[np.float64] | None:
+    """[QUANTILES] equally likely critical batches, from the interval of the noise scale and what is known of c.
+
+    ``log_c``: [n] equally likely values of ln c; the prior's by default. None where the noise scale has no positive
+    lower bound: then nothing is known about the critical batch.
+    """
+    log_noise = None if noise is None else log_noise_quantiles(noise.value, noise.low, noise.high)
+    if log_noise is None:
+        return None
+    if log_c is None:
+        log_c = LOG_C_MEAN + LOG_C_SD * normal_quantiles()
     products = (log_noise[:, None] + log_c[None, :]).ravel()
     probabilities = (np.arange(QUANTILES) + 0.5) / QUANTILES
     return np.exp(np.quantile(products, probabilities, method="hazen"))
@@ -93,11 +107,16 @@ def expected_improvement(
     Returns:
         [n] expected gain where there is one, and [n] expected loss where there is one, as fractions of the speed.
     """
-    phi = np.vectorize(NormalDist().cdf, otypes=[float])
     sd = np.maximum(log_sd, 1e-12)
     mean = np.exp(log_ratio + sd**2 / 2)
-    gain = mean * phi(log_ratio / sd + sd) - phi(log_ratio / sd)
+    gain = mean * _normal_cdf(log_ratio / sd + sd) - _normal_cdf(log_ratio / sd)
     return gain, gain - mean + 1.0
+
+
+def _normal_cdf(z: NDArray[np.float64]) -> NDArray[np.float64]:
+    """[n] probabilities that a standard normal is below z."""
+    scaled = (z / math.sqrt(2.0)).tolist()
+    return 0.5 * (1.0 + np.array([math.erf(value) for value in scaled]))
 
 
 def gain_quantiles(
@@ -106,26 +125,34 @@ def gain_quantiles(
     batches: NDArray[np.float64],
     current_batch: float,
     critical_batches: NDArray[np.float64] | None,
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Median and lower quartile of the gain, Goodput / current Goodput - 1, of n plans.
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Quartiles of the gain, Goodput / current Goodput - 1, of n plans.
 
     Every plan meets the same critical batch, so where batches are equal its uncertainty cancels exactly. The rest of
     the uncertainty is the throughput's. Both run over a fixed grid of equally likely values: no random numbers, so
     that a decision can be replayed.
 
     Args:
-        log_throughput_ratio: [n] expected log(throughput / current throughput).
+        log_throughput_ratio: [n] median of log(throughput / current throughput), and whatever else a plan is worth.
         log_sd: [n] its standard deviation.
         batches: [n] global batch of each plan.
         current_batch: global batch now.
         critical_batches: equally likely values; None if nothing is known: then the gain is that of the throughput.
 
     Returns:
-        [n] medians and [n] lower quartiles.
+        [n] lower quartiles, [n] medians and [n] upper quartiles.
     """
     critical = np.array([math.inf]) if critical_batches is None else critical_batches
-    efficiency_ratio = (1.0 + current_batch / critical) / (1.0 + batches[:, None] / critical)
+    sizes, size_of = np.unique(batches, return_inverse=True)
+    efficiency_ratio = np.log((1.0 + current_batch / critical) / (1.0 + sizes[:, None] / critical))
     spread = log_sd[:, None, None] * normal_quantiles()
-    log_gain = log_throughput_ratio[:, None, None] + np.log(efficiency_ratio)[:, :, None] + spread
-    median, low = np.expm1(np.quantile(log_gain.reshape(batches.size, -1), (0.5, 0.25), axis=1, method="hazen"))
-    return median, low
+    log_gain = np.sort((spread + efficiency_ratio[size_of][:, :, None]).reshape(batches.size, -1), axis=1)
+    low, median, high = (log_throughput_ratio + _quantile(log_gain, share) for share in (0.25, 0.5, 0.75))
+    return np.expm1(low), np.expm1(median), np.expm1(high)
+
+
+def _quantile(rows: NDArray[np.float64], share: float) -> NDArray[np.float64]:
+    """[n] quantiles of [n, m] rows in rising order: ``np.quantile(method="hazen")``, which would sort them again."""
+    place = share * rows.shape[1] - 0.5
+    below, above = math.floor(place), math.ceil(place)
+    return np.asarray(rows[:, below] + (place - below) * (rows[:, above] - rows[:, below]))

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import cached_property
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from copus_ext.core.model_shape import ModelShape
 from copus_ext.core.plan import Layout, Plan
+from copus_ext.core.plan_table import PlanTable
 
 
 def infeasible_reason(plan: Plan, model: ModelShape) -> str | None:
@@ -72,39 +78,44 @@ def _expert_objections(layout: Layout, model: ModelShape) -> Iterator[str]:
         yield "a mixture of experts with tensor parallel needs sequence parallel"
 
 
-def candidate_plans(
-    base: Plan, model: ModelShape, global_batches: Sequence[int], micro_batches: Sequence[int]
-) -> list[Plan]:
-    """Every feasible plan on the ranks of ``base``: all tp x pp, with the given micro-batches and global batches.
+@dataclass(frozen=True)
+class Candidates(Sequence[Plan]):
+    """Plans in a fixed order, each once; with what a decision about ten thousand of them needs worked out once."""
 
-    Everything else is as in ``base``, but for vpp, which is 1 where the base's does not fit. In rising order of
-    (tp, pp, global batch, micro-batch), each plan once.
-    """
-    found = [
-        plan
-        for layout in _layouts(base.layout)
-        for global_batch in sorted(set(global_batches))
-        for micro_batch in sorted(set(micro_batches))
-        if (plan := _fitting_plan(layout, micro_batch, global_batch, model)) is not None
-    ]
-    return list(dict.fromkeys(found))
+    plans: tuple[Plan, ...]
 
+    @classmethod
+    def of_table(cls, table: PlanTable) -> Candidates:
+        """The rows of a table."""
+        return cls(tuple(table.plans()))
 
-def _layouts(base: Layout) -> Iterator[Layout]:
-    ranks = base.world_size // base.cp
-    for tp in _divisors(ranks):
-        for pp in _divisors(ranks // tp):
-            yield replace(base, dp=ranks // (tp * pp), tp=tp, pp=pp)
+    @overload
+    def __getitem__(self, index: int) -> Plan: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Plan, ...]: ...
+    def __getitem__(self, index: int | slice) -> Plan | tuple[Plan, ...]:
+        return self.plans[index]
 
+    def __len__(self) -> int:
+        return len(self.plans)
 
-def _fitting_plan(layout: Layout, micro_batch: int, global_batch: int, model: ModelShape) -> Plan | None:
-    """The plan, with vpp or else without; None if neither can be."""
-    if global_batch % (micro_batch * layout.dp):
-        return None
-    plan = Plan(layout, micro_batch, global_batch)
-    plain = replace(plan, layout=replace(layout, vpp=1))
-    return next((option for option in (plan, plain) if infeasible_reason(option, model) is None), None)
+    @cached_property
+    def table(self) -> PlanTable:
+        """The plans as columns."""
+        return PlanTable.of(self.plans)
 
+    @cached_property
+    def row_of(self) -> dict[Plan, int]:
+        """Where each plan stands."""
+        return {plan: row for row, plan in enumerate(self.plans)}
 
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
+    @cached_property
+    def layouts(self) -> tuple[tuple[Layout, ...], NDArray[np.int64]]:
+        """The layouts there are, and [n] the number of each plan's."""
+        numbers: dict[Layout, int] = {}
+        ids = np.array([numbers.setdefault(plan.layout, len(numbers)) for plan in self.plans], dtype=np.int64)
+        return tuple(numbers), ids
+
+    def with_first(self, plan: Plan) -> Candidates:
+        """The same, led by ``plan`` where it is not among them."""
+        return self if plan in self.row_of else Candidates((plan, *self.plans))

@@ -8,13 +8,13 @@ was measured under some plans moves the prediction of all by one offset.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from copus_ext.core.candidates import Candidates
 from copus_ext.core.memory import peak_bytes
 from copus_ext.core.model_shape import ModelShape
 from copus_ext.core.options import RunOptions
@@ -62,23 +62,24 @@ class MemoryModel:
         left_out = np.array(measured) - peak_bytes(PlanTable.of(plans), self.model, self.options)
         return np.maximum(counted + np.median(left_out), 0.0)
 
-    def objections(self, plans: Sequence[Plan]) -> dict[Plan, str]:
+    def objections(self, plans: Candidates) -> dict[Plan, str]:
         """Which of ``plans`` may not be tried, and why."""
         if not plans:
             return {}
-        needed = self.predict(PlanTable.of(plans))
-        limit, measured = MOST_OF_MEMORY * self.capacity, dict(self.peaks)
+        needed = self.predict(plans.table)
+        measured = dict(self.peaks)
         found = {
-            plan: f"needs {need / 2**30:.1f} GiB of {self.capacity / 2**30:.1f} on a rank, and at most 90 % is taken"
-            for plan, need in zip(plans, needed.tolist(), strict=True)
-            if need > limit
+            plans[row]: f"needs {needed[row] / 2**30:.1f} GiB of {self.capacity / 2**30:.1f} on a rank, "
+            "and at most 90 % is taken"
+            for row in np.flatnonzero(needed > MOST_OF_MEMORY * self.capacity).tolist()
         }
         if self.exhausted:
             least = float(np.min(self.predict(PlanTable.of(self.exhausted))))
-            for plan, need in zip(plans, needed.tolist(), strict=True):
-                if need >= least and plan not in measured:
-                    found.setdefault(plan, f"needs {need / 2**30:.1f} GiB on a rank, and less ran out of memory before")
-        return {**found, **{plan: "ran out of memory before" for plan in plans if plan in self.exhausted}}
+            for row in np.flatnonzero(needed >= least).tolist():
+                plan, need = plans[row], needed[row] / 2**30
+                if plan not in measured:
+                    found.setdefault(plan, f"needs {need:.1f} GiB on a rank, and less ran out of memory before")
+        return {**found, **{plan: "ran out of memory before" for plan in self.exhausted if plan in plans.row_of}}
 
     def to_json(self) -> dict[str, Any]:
         """What was learned, as plain values."""

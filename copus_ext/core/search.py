@@ -105,7 +105,7 @@ def search_plans(
     """
     start, options = time.perf_counter(), options or RunOptions()
     ruled_out: Counter[str] = Counter()
-    allowed, considered = _allowed_plans(model, hardware, ranks, space, ruled_out)
+    allowed, considered = _allowed_plans(model, hardware.devices_per_node, ranks, space, ruled_out)
     table, memory, smallest = _fitting_plans(allowed, model, hardware, space, options, memory_of, ruled_out)
     parts = step_times(table, model, hardware, options)
     return SearchResult(
@@ -121,6 +121,14 @@ def search_plans(
 
 
 # -- what Megatron allows
+
+
+def allowed_plans(model: ModelShape, ranks: int, space: SearchSpace) -> PlanTable:
+    """Every plan of ``space`` that Megatron allows, whether it fits in memory or not; tp across nodes, too."""
+    table, _ = _allowed_plans(model, ranks, ranks, space, Counter())
+    choices = np.array([RECOMPUTE_CHOICES.index(choice) for choice in space.recompute], dtype=np.int64)
+    rows, recompute = _grid(np.arange(len(table)), choices)
+    return replace(table.take(rows), recompute=recompute)
 
 
 def objections(table: PlanTable, model: ModelShape, counted_as_layers: int = 0) -> Objections:
@@ -161,13 +169,13 @@ def _batch_objections(table: PlanTable) -> Objections:
 
 
 def _allowed_plans(
-    model: ModelShape, hardware: Hardware, ranks: int, space: SearchSpace, ruled_out: Counter[str]
+    model: ModelShape, devices_per_node: int, ranks: int, space: SearchSpace, ruled_out: Counter[str]
 ) -> tuple[PlanTable, int]:
     """Plans that Megatron allows, with one recompute choice each, and the number of all combinations.
 
     Layouts first and batches after, so that a layout is judged once and not once per batch.
     """
-    layouts = _layouts(model, hardware, ranks, space)
+    layouts = _layouts(model, devices_per_node, ranks, space)
     batches = _grid(_micro_batches(space), np.unique(space.global_batches))
     optimizers = np.unique(space.distributed_optimizer)
     per_layout = len(batches[0]) * len(optimizers) * len(space.recompute)
@@ -199,10 +207,10 @@ def _sift(against: Objections, ruled_out: Counter[str], weight: int) -> Columns:
 # -- what there is to choose from
 
 
-def _layouts(model: ModelShape, hardware: Hardware, ranks: int, space: SearchSpace) -> PlanTable:
+def _layouts(model: ModelShape, devices_per_node: int, ranks: int, space: SearchSpace) -> PlanTable:
     """All combinations of sizes that somebody may ask for, which may be impossible; dp may be no whole number."""
     divisors = _divisors(ranks)
-    own_tp = divisors if space.tp_across_nodes else divisors[divisors <= hardware.devices_per_node]
+    own_tp = divisors if space.tp_across_nodes else divisors[divisors <= devices_per_node]
     tp, pp, vpp, cp, ep, sp = _grid(
         _chosen(space.tp, own_tp),
         _chosen(space.pp, divisors[divisors <= model.layers + space.counted_as_layers]),

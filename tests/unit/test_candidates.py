@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from copus_ext.core.candidates import candidate_plans, infeasible_reason
+from copus_ext.core.candidates import infeasible_reason
 from copus_ext.core.model_shape import ModelShape
 from copus_ext.core.plan import Layout, Plan
+from copus_ext.core.space import Space
 
 MODEL = ModelShape(layers=4, hidden=64, heads=8, kv_heads=2, ffn=256, vocab=512, seq=32)
 MOE = replace(MODEL, experts=4, moe_ffn=128)
@@ -58,7 +59,7 @@ def test_interleaving_needs_whole_rounds_of_micro_batches() -> None:
 
 
 def test_candidates_are_exactly_the_feasible_plans() -> None:
-    found = candidate_plans(BASE, MODEL, [16, 8], (1, 2, 4))
+    found = Space(mbs=(1, 2, 4), batches=(16, 8)).plans(BASE, MODEL)
     sizes = [(dp, tp, pp) for dp in range(1, 9) for tp in range(1, 9) for pp in range(1, 9) if dp * tp * pp == 8]
     expected = {
         plan
@@ -74,21 +75,21 @@ def test_candidates_are_exactly_the_feasible_plans() -> None:
 
 
 def test_order_does_not_depend_on_the_order_asked_in() -> None:
-    assert candidate_plans(BASE, MODEL, [8, 16, 8], (2, 1)) == candidate_plans(BASE, MODEL, [16, 8], (1, 2))
+    spaces = (Space(mbs=(2, 1), batches=(8, 16, 8)), Space(mbs=(1, 2), batches=(16, 8)))
+    assert spaces[0].plans(BASE, MODEL) == spaces[1].plans(BASE, MODEL)
 
 
-def test_the_rest_of_the_layout_is_kept_and_interleaving_where_it_fits() -> None:
+def test_the_rest_of_the_layout_is_kept_and_interleaving_is_left_where_it_fits() -> None:
     layout = Layout(tp=2, pp=2, vpp=2, dp=2, sequence_parallel=True, distributed_optimizer=True, recompute="full")
-    found = candidate_plans(Plan(layout, 1, 16), MODEL, [16], (1, 2, 4))
+    found = Space(mbs=(1, 2, 4), batches=(16,)).plans(Plan(layout, 1, 16), MODEL)
     assert all(plan.layout.distributed_optimizer and plan.layout.recompute == "full" for plan in found)
     assert all(plan.layout.sequence_parallel for plan in found), "a wish that counts where tp > 1"
     assert all(plan.layout.world_size == 8 for plan in found)
-    interleaved = {plan.layout.pp: plan.layout.vpp for plan in found if plan.num_microbatches % 4 == 0}
-    assert interleaved == {1: 1, 2: 2, 4: 1}
+    assert {(plan.layout.pp, plan.layout.vpp) for plan in found} == {(1, 1), (2, 1), (2, 2), (4, 1)}
 
 
 def test_context_parallel_ranks_are_not_given_away() -> None:
-    found = candidate_plans(Plan(Layout(dp=2, cp=2, tp=2), 1, 8), MODEL, [8], (1,))
+    found = Space(batches=(8,)).plans(Plan(Layout(dp=2, cp=2, tp=2), 1, 8), MODEL)
     assert {(p.layout.dp, p.layout.tp, p.layout.pp, p.layout.cp) for p in found} == {
         (dp, tp, pp, 2) for dp, tp, pp in ((4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2), (1, 1, 4))
     }

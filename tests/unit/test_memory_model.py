@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from copus_ext.core.candidates import Candidates
 from copus_ext.core.memory import peak_bytes
 from copus_ext.core.memory_model import MOST_OF_MEMORY, MemoryModel
 from copus_ext.core.model_shape import ModelShape
@@ -13,7 +14,7 @@ from copus_ext.core.plan_table import PlanTable
 
 MODEL = ModelShape(layers=8, hidden=64, heads=8, kv_heads=8, ffn=256, vocab=512, seq=32)
 WHOLE, HALF, SPLIT = Plan(Layout(dp=4), 4, 16), Plan(Layout(dp=4), 2, 16), Plan(Layout(tp=2, pp=2), 1, 16)
-PLANS = [WHOLE, HALF, SPLIT]
+PLANS = Candidates((WHOLE, HALF, SPLIT))
 TABLE = PlanTable.of(PLANS)
 COUNTED = peak_bytes(TABLE, MODEL)
 ROOM = MemoryModel(MODEL, capacity=1e12)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from copus_ext.core.candidates import candidate_plans
 from copus_ext.core.constants import fitted_constants
 from copus_ext.core.hardware import Hardware
 from copus_ext.core.hardware_file import load_hardware
@@ -16,6 +15,7 @@ from copus_ext.core.model_shape import ModelShape
 from copus_ext.core.plan import Layout, Plan
 from copus_ext.core.points import read_points
 from copus_ext.core.published import POINTS, hardware_of, open_plans, usable
+from copus_ext.core.space import Space
 from copus_ext.core.sweep_replay import Sweep, errors_after, predicted_best, regret_after
 from copus_ext.core.throughput import ThroughputModel
 from replay_sweeps import measured_sweep
@@ -23,7 +23,7 @@ from replay_sweeps import measured_sweep
 MODEL = ModelShape(32, 4096, 32, 8, 14336, 128256, 4096, gated=True, tied=False, param_bytes=2, flash_attention=True)
 BASE = Plan(Layout(dp=32, sequence_parallel=True, distributed_optimizer=True), 1, 64)
 H100 = load_hardware("h100")
-PLANS = tuple(plan for plan in candidate_plans(BASE, MODEL, [64, 256], (1, 2, 4)) if plan.layout.tp <= 8)
+PLANS = tuple(plan for plan in Space(mbs=(1, 2, 4), batches=(64, 256)).plans(BASE, MODEL) if plan.layout.tp <= 8)
 
 
 def world(hardware: Hardware, noise: float, seed: int) -> Sweep:

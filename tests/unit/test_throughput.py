@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from copus_ext.core.candidates import candidate_plans
 from copus_ext.core.hardware import shared_cpu
 from copus_ext.core.model_shape import ModelShape
 from copus_ext.core.plan import Layout, Plan
+from copus_ext.core.space import Space
 from copus_ext.core.step_time import step_time_parts
 from copus_ext.core.throughput import STEP_SD, WINDOW, ThroughputModel
 
@@ -18,7 +18,7 @@ HARDWARE = shared_cpu(cores=2, ranks=4, memory_bytes=24e9)
 PRIOR = ThroughputModel(MODEL, HARDWARE)
 KERNEL = PRIOR.kernel
 DATA = Plan(Layout(dp=4), 1, 8)
-PLANS = candidate_plans(DATA, MODEL, [4, 8, 16, 32], (1, 2, 4))
+PLANS = Space(mbs=(1, 2, 4), batches=(4, 8, 16, 32)).plans(DATA, MODEL).plans
 
 
 def prior_seconds(plan: Plan) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 
 from copus_ext.core.branch_loss import Excess, ToleranceBatch, excess_losses, ratio_to_noise, tolerance_batch
 from copus_ext.core.critical_batch import CriticalBatchFit, Interval, fit_critical_batch
+from copus_ext.core.events import plain
 from copus_ext.core.loss_curves import BranchCurve, cost_after_settling, cost_from_branch
 
 
@@ -97,9 +98,9 @@ def to_json(measurements: Sequence[Measurement], conditions: Mapping[str, Any]) 
     """All of it as JSON can hold it: ends that are open, and what is not known, are null."""
     points = [_point_json(m) for m in measurements]
     result = {"conditions": dict(conditions), "c": ratio_spread(measurements)._asdict(), "points": points}
-    plain = _plain(result)
-    assert isinstance(plain, dict)
-    return plain
+    found = plain(result)
+    assert isinstance(found, dict)
+    return found
 
 
 def _point_json(m: Measurement) -> dict[str, Any]:
@@ -129,11 +130,3 @@ def _point_json(m: Measurement) -> dict[str, Any]:
 def _fit_json(fit: CriticalBatchFit) -> dict[str, Any]:
     fields = {name: value for name, value in asdict(fit).items() if name != "critical"}
     return {**fit.critical._asdict(), **fields}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

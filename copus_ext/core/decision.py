@@ -7,15 +7,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from copus_ext.core.candidates import Candidates
+from copus_ext.core.critical_ratio import CriticalRatio
 from copus_ext.core.noise_scale import NoiseEstimate
 from copus_ext.core.plan import Plan
+from copus_ext.core.step_noise import StepEstimate
 from copus_ext.core.switch_cost import SwitchCost
 from copus_ext.core.throughput import ThroughputModel
 
 
 @dataclass(frozen=True)
 class Situation:
-    """Everything a policy may look at. The time left follows from the samples left and the throughput."""
+    """Everything a policy may look at. The time left follows from the samples left and the throughput.
+
+    Attributes:
+        noise: the smoothed noise scale; None before the first measured step.
+        recent: mean of what the steps since the last decision gave, each counting alike; None where none was measured.
+        critical_ratio: what is known of c, critical batch / noise scale.
+        rejected: plans that can't be chosen now, with the reason: memory, upstream's validation, switches that failed.
+        rate_share: the scheduled learning rate as a share of its peak; 1 until the warm-up is over.
+        decisions: how many were made before this one.
+        elapsed_s: seconds of steps so far.
+        probed_s: seconds spent on branches that measured c.
+        can_probe: whether there can be such branches.
+    """
 
     iteration: int
     consumed_samples: int
@@ -25,8 +40,15 @@ class Situation:
     noise: NoiseEstimate | None
     throughput: ThroughputModel
     switch_cost: SwitchCost
-    candidates: tuple[Plan, ...]
-    rejected: Mapping[Plan, str] = field(default_factory=dict)  # by upstream's own validation, with its reason
+    candidates: Candidates
+    rejected: Mapping[Plan, str] = field(default_factory=dict)
+    critical_ratio: CriticalRatio = field(default_factory=CriticalRatio)
+    recent: StepEstimate | None = None
+    rate_share: float = 1.0
+    decisions: int = 0
+    elapsed_s: float = 0.0
+    probed_s: float = 0.0
+    can_probe: bool = False
 
     @property
     def samples_left(self) -> int:
@@ -58,22 +80,38 @@ class CandidateScore:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """A branch that measures c: from here ``samples`` sequences under ``plan``, then back, and on as before."""
+
+    plan: Plan
+    samples: int
+
+
+@dataclass(frozen=True)
 class Decision:
     """The plan to go on with, and the numbers that say so. Gains are ratios - 1 of the best other candidate.
 
-    ``upcoming``: the plan that is likeliest to be switched to next, for which groups and buffers may be made ready.
+    Attributes:
+        candidates: how the plans were seen that matter most; ``unlisted`` counts the others.
+        gain: median; ``gain_low`` and ``gain_high`` are its quartiles.
+        gain_needed: what it has to exceed; infinite where nothing could repay the switch in time.
+        upcoming: the plan that is likeliest to be switched to next, for which groups and buffers may be made ready.
+        probe: a branch to be made before training goes on under the current plan.
     """
 
     chosen: Plan
     current: Plan
     reason: str
     candidates: tuple[CandidateScore, ...] = ()
+    unlisted: int = 0
     gain: float = math.nan  # these are not numbers where the policy weighs no gains
-    gain_low: float = math.nan  # lower quartile
-    gain_needed: float = math.nan  # infinite if nothing could repay the switch in time
+    gain_low: float = math.nan
+    gain_high: float = math.nan
+    gain_needed: float = math.nan
     switch_cost_s: float = math.nan
     horizon_s: float = math.nan
     upcoming: Plan | None = None
+    probe: Probe | None = None
 
     @property
     def is_switch(self) -> bool:
@@ -82,13 +120,16 @@ class Decision:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for the event log; None for what is infinite or was not weighed."""
-        names = ("gain", "gain_low", "gain_needed", "switch_cost_s", "horizon_s")
+        names = ("gain", "gain_low", "gain_high", "gain_needed", "switch_cost_s", "horizon_s")
         numbers = {name: getattr(self, name) for name in names}
+        probe = None if self.probe is None else {"plan": str(self.probe.plan), "samples": self.probe.samples}
         return {
             "chosen": str(self.chosen),
             "current": str(self.current),
             "reason": self.reason,
             "upcoming": None if self.upcoming is None else str(self.upcoming),
+            "probe": probe,
             "candidates": [candidate.to_json() for candidate in self.candidates],
+            "unlisted": self.unlisted,
             **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
         }

@@ -29,6 +29,8 @@ EVENTS = (
     "decision",
     "switch",
     "switch_check",
+    "critical_ratio",
+    "probe",
     "checkpoint",
     "eval",
     "prepare",
@@ -100,7 +102,7 @@ class EventLog:
         if event == "run_start":
             record["resumed_from"] = self._resumed_from
         # One write call for the line and its end: what a crash leaves behind is then a prefix of it.
-        self._file.write(json.dumps(_plain(record | fields), allow_nan=False) + "\n")
+        self._file.write(json.dumps(plain(record | fields), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -179,12 +181,12 @@ def _drop_torn_line(path: Path) -> None:
             file.truncate(whole)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value as JSON can hold it: numpy scalars as Python's, null for what is not finite."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

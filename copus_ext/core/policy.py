@@ -1,47 +1,42 @@
-"""The interface of policies, and how one is found by its name."""
+"""Policies by their names: one module of :mod:`copus_ext.core.policies` each."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import difflib
+import importlib
+import pkgutil
 
-from copus_ext.core.decision import CandidateScore, Decision, Situation
+from copus_ext.core import policies
 from copus_ext.core.errors import UserError
-from copus_ext.core.policies.copus import CopusPolicy
-from copus_ext.core.policies.schedule import SchedulePolicy
-from copus_ext.core.policies.static import StaticPolicy
-from copus_ext.core.schedule import Schedule
+from copus_ext.core.plan import Plan
+from copus_ext.core.policies.base import FLAG, Options, Policy, PolicySettings
 
-__all__ = ["POLICIES", "CandidateScore", "Decision", "Policy", "Situation", "make_policy"]
+_HELPERS = ("base",)  # modules beside the policies that are none
 
-POLICIES = ("copus", "static", "schedule")
-
-
-class Policy(Protocol):
-    """Chooses plans. A pure function of what it is shown: the same situation gives the same decision."""
-
-    @property
-    def searches(self) -> bool:
-        """Whether it chooses among the candidates of ``--copus-space``; else it needs none."""
-
-    def next_change(self, consumed_samples: int) -> int | None:
-        """Samples at which a change is already known to come, so that a step must end there; None if there is none."""
-
-    def decide(self, situation: Situation) -> Decision:
-        """The plan to go on with from here, and why."""
+_MODULES = {module.name for module in pkgutil.iter_modules(policies.__path__)}
+POLICIES = tuple(sorted(name.replace("_", "-") for name in _MODULES - set(_HELPERS)))
 
 
-def make_policy(name: str, schedule: Schedule | None = None, dwell_steps: int = 10, max_growth: float = 2.0) -> Policy:
-    """The policy called ``name``.
+def make_policy(settings: PolicySettings, base: Plan) -> Policy:
+    """The policy that the flags ask for.
+
+    Args:
+        settings: what the flags say of it.
+        base: the plan of upstream's own flags.
 
     Raises:
-        UserError: no such policy, or a schedule that is missing or would not be followed.
+        UserError: no such policy, or options that it does not have.
     """
+    name = settings.name
     if name not in POLICIES:
-        raise UserError(f"--copus-policy {name}: there is no such policy; choose one of {', '.join(POLICIES)}")
-    if name == "schedule":
-        if schedule is None:
-            raise UserError("--copus-policy schedule needs a schedule; give --copus-schedule")
-        return SchedulePolicy(schedule)
-    if schedule is not None:
-        raise UserError(f"--copus-policy {name} does not follow --copus-schedule; use --copus-policy schedule")
-    return CopusPolicy(dwell_steps, max_growth) if name == "copus" else StaticPolicy()
+        like = difflib.get_close_matches(name, POLICIES, n=1)
+        hint = f"; did you mean {like[0]}?" if like else f"; choose one of {', '.join(POLICIES)}"
+        raise UserError(f"{FLAG} {name}: there is no such policy{hint}")
+    if settings.schedule is not None and name != "schedule":
+        raise UserError(f"{FLAG} {name} does not follow --copus-schedule; use {FLAG} schedule")
+    options = Options(settings.policy)
+    policy: Policy = importlib.import_module(f"{policies.__name__}.{name.replace('-', '_')}").make(
+        settings, base, options
+    )
+    options.check_all_read()
+    return policy

@@ -5,59 +5,22 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from copus_ext.core.decision import Decision, Situation
+from copus_ext.core.candidates import Candidates
+from copus_ext.core.decision import Decision
 from copus_ext.core.errors import UserError
-from copus_ext.core.hardware import shared_cpu
-from copus_ext.core.model_shape import ModelShape
 from copus_ext.core.noise_scale import NoiseEstimate
 from copus_ext.core.plan import Layout, Plan
-from copus_ext.core.policies.copus import CopusPolicy, gain_needed
+from copus_ext.core.policies.base import PolicySettings
+from copus_ext.core.policies.copus import CopusPolicy
 from copus_ext.core.policy import POLICIES, make_policy
-from copus_ext.core.schedule import parse_schedule
-from copus_ext.core.switch_cost import RunningMean, SwitchCost
+from copus_ext.core.switch_rule import parse_switch_rule
 from copus_ext.core.throughput import ThroughputModel
+from tests.unit.situations import CURRENT, DATA, PIPE, known, line, situation
 
-MODEL = ModelShape(layers=4, hidden=256, heads=8, kv_heads=8, ffn=1024, vocab=256, seq=64)
-DATA, PIPE = Layout(dp=4), Layout(pp=4)
-CURRENT = Plan(DATA, 1, 16)
-SIZES = (4, 8, 16, 32, 64)
 COPUS = CopusPolicy()
-
-
-def known(value: float) -> NoiseEstimate:
-    return NoiseEstimate(value, 0.98 * value, 1.02 * value, N=1.0, S=value, n_eff=500.0)
-
-
-def measured(seconds: Mapping[Plan, float]) -> ThroughputModel:
-    """Many equal steps of each plan: hardly anything is left to doubt."""
-    model = ThroughputModel(MODEL, shared_cpu(cores=2, ranks=4, memory_bytes=24e9))
-    for plan, step_time in seconds.items():
-        for _ in range(50):
-            model = model.observe(plan, step_time)
-    return model
-
-
-def line(layout: Layout, t0: float, t1: float) -> dict[Plan, float]:
-    return {Plan(layout, 1, batch): t0 + t1 * batch for batch in SIZES}
-
-
-def situation(
-    seconds: Mapping[Plan, float], noise: NoiseEstimate | None, layout_cost: float = 1.0, **changes: object
-) -> Situation:
-    base = Situation(
-        iteration=100,
-        consumed_samples=1600,
-        train_samples=101_600,
-        current=CURRENT,
-        steps_since_switch=100,
-        noise=noise,
-        throughput=measured(seconds),
-        switch_cost=SwitchCost(RunningMean(layout_cost, 1), RunningMean(0.01, 1)),
-        candidates=tuple(seconds),
-    )
-    return replace(base, **changes)  # type: ignore[arg-type]
 
 
 def follow(seconds: Mapping[Plan, float], noise: NoiseEstimate | None, decisions: int = 6) -> list[Plan]:
@@ -74,14 +37,15 @@ def shares(decision: Decision, pick: Callable[[Plan], bool]) -> list[str]:
 
 
 def test_static_stays() -> None:
-    decision = make_policy("static").decide(situation(line(PIPE, 0.1, 0.1), known(1000.0)))
+    decision = make_policy(PolicySettings("static"), CURRENT).decide(situation(line(PIPE, 0.1, 0.1), known(1000.0)))
     assert decision.chosen == CURRENT
     assert not decision.is_switch
     assert decision.reason.startswith("stay: ")
 
 
 def test_schedule_follows_its_entries() -> None:
-    policy = make_policy("schedule", schedule=parse_schedule("0:dp4,mbs1,gbs16 1600:pp4,mbs1,gbs32", CURRENT))
+    settings = PolicySettings("schedule", schedule="0:dp4,mbs1,gbs16 1600:pp4,mbs1,gbs32")
+    policy = make_policy(settings, CURRENT)
     state = situation({CURRENT: 1.0}, None)
     early = policy.decide(replace(state, consumed_samples=1584))
     assert (early.chosen, early.reason) == (CURRENT, "stay: the schedule has no change before 1600 samples")
@@ -92,24 +56,29 @@ def test_schedule_follows_its_entries() -> None:
     assert (policy.next_change(0), policy.next_change(1600)) == (1600, None)
 
 
-@pytest.mark.parametrize("name", POLICIES)
-def test_policies_are_found_by_name(name: str) -> None:
-    schedule = parse_schedule("0:dp4,mbs1,gbs16", CURRENT) if name == "schedule" else None
-    decision = make_policy(name, schedule).decide(situation({CURRENT: 1.0}, None))
-    assert decision.chosen == CURRENT
-
-
 @pytest.mark.parametrize(
-    ("name", "schedule", "says"),
+    ("settings", "says"),
     [
-        ("magic", False, "--copus-policy magic.*copus, static, schedule"),
-        ("schedule", False, "give --copus-schedule"),
-        ("copus", True, "does not follow --copus-schedule"),
+        (PolicySettings("magic"), f"--copus-policy magic.*choose one of {', '.join(POLICIES)}"),
+        (PolicySettings("statik"), "did you mean static"),
+        (PolicySettings("schedule"), "give --copus-schedule"),
+        (PolicySettings("copus", schedule="0:dp4"), "does not follow --copus-schedule"),
+        (PolicySettings("copus:eta=1"), "no option 'eta'"),
+        (PolicySettings("copus:eta"), "name=value"),
+        (PolicySettings(objective="speed"), "--copus-objective speed"),
+        (PolicySettings(switch_rule="always"), "--copus-switch-rule always"),
+        (PolicySettings(switch_rule="threshold"), "threshold:0.10"),
+        (PolicySettings(switch_rule="threshold:-1"), "threshold:0.10"),
     ],
 )
-def test_a_policy_that_cannot_be_is_told(name: str, schedule: bool, says: str) -> None:
+def test_a_policy_that_cannot_be_is_told(settings: PolicySettings, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        make_policy(name, parse_schedule("0:dp4,mbs1,gbs16", CURRENT) if schedule else None)
+        make_policy(settings, CURRENT)
+
+
+def test_settings_come_back_from_the_log() -> None:
+    settings = PolicySettings("rampup", rampup=(8, 8, 1000), objective="paper", switch_rule="threshold:0.1")
+    assert PolicySettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
 
 
 def test_large_noise_grows_the_batch_and_small_noise_shrinks_it() -> None:
@@ -144,9 +113,18 @@ def test_batch_and_layout_are_chosen_together() -> None:
 
 
 def test_gain_needed_is_where_switching_and_staying_are_worth_the_same() -> None:
+    needed = parse_switch_rule("amortised").needed
     for cost, horizon in ((1.4, 70.0), (30.0, 31.0), (0.0, 5.0)):
-        assert (horizon - cost) * (1 + gain_needed(cost, horizon)) == pytest.approx(horizon)
-    assert gain_needed(5.0, 5.0) == gain_needed(6.0, 5.0) == math.inf
+        assert (horizon - cost) * (1 + needed(np.array([cost]), horizon)[0]) == pytest.approx(horizon)
+    assert (needed(np.array([5.0, 6.0]), 5.0) == math.inf).all()
+
+
+def test_the_papers_rule_asks_a_fixed_gain_of_the_median_whatever_it_costs() -> None:
+    policy = CopusPolicy(rule=parse_switch_rule("threshold:0.10"))
+    for seconds, cost, switches in ((0.905, 1e3, True), (0.915, 1e-3, False)):
+        decision = policy.decide(situation({CURRENT: 1.0, Plan(PIPE, 1, 16): seconds}, None, layout_cost=cost))
+        assert decision.is_switch == switches
+        assert "the threshold is 10.0 %" in decision.reason
 
 
 def test_the_lower_quartile_of_the_gain_must_exceed_what_the_switch_costs() -> None:
@@ -226,7 +204,7 @@ def test_a_plan_that_upstream_rejects_is_listed_with_its_reason_and_never_chosen
 
 def test_the_current_plan_needs_not_be_a_candidate() -> None:
     seconds = {CURRENT: 1.0, Plan(PIPE, 1, 16): 2.0}
-    decision = COPUS.decide(situation(seconds, None, candidates=(Plan(PIPE, 1, 16),)))
+    decision = COPUS.decide(situation(seconds, None, candidates=Candidates((Plan(PIPE, 1, 16),))))
     assert [score.plan for score in decision.candidates] == [CURRENT, Plan(PIPE, 1, 16)]
 
 
@@ -241,8 +219,8 @@ def test_goodput_is_throughput_times_efficiency() -> None:
 def test_the_reason_says_it_in_one_sentence_with_its_numbers() -> None:
     state = situation({CURRENT: 1.0, Plan(PIPE, 1, 16): 0.99}, None, layout_cost=1.4, train_samples=1600 + 70 * 16)
     reason = COPUS.decide(state).reason
-    assert reason.startswith("stay: dp1,pp4,mbs1,gbs16 would gain 1.0 % (lower quartile ")
-    assert "needs 2.0 % to repay a 1.4 s switch in the 70 s left" in reason
+    assert reason.startswith("stay: best gain 1.0 % (0.")
+    assert "by dp1,pp4,mbs1,gbs16, needs 2.0 % to repay a 1.4 s switch in the 70 s left" in reason
 
 
 def test_the_same_situation_gives_the_same_decision_and_plain_json() -> None:
@@ -254,7 +232,7 @@ def test_the_same_situation_gives_the_same_decision_and_plain_json() -> None:
 
 def in_doubt(seconds: Mapping[Plan, float], truth: Mapping[Plan, float]) -> list[Plan]:
     """The plans of a run that starts knowing ``seconds`` and measures ``truth`` wherever it goes."""
-    state = situation(seconds, known(32.0), candidates=tuple(truth))
+    state = situation(seconds, known(32.0), candidates=Candidates(tuple(truth)))
     visited = []
     for _ in range(12):
         state = replace(state, current=COPUS.decide(state).chosen)
@@ -281,7 +259,7 @@ def test_a_layout_in_doubt_is_kept_if_it_is_faster() -> None:
 
 
 def test_no_trial_where_there_is_no_time_for_it() -> None:
-    plans = tuple(Plan(layout, 1, 16) for layout in (DATA, PIPE))
+    plans = Candidates(tuple(Plan(layout, 1, 16) for layout in (DATA, PIPE)))
     late = situation({CURRENT: 0.5}, known(32.0), candidates=plans, train_samples=1600 + 16)
     assert not COPUS.decide(late).is_switch
     early = situation({CURRENT: 0.5}, known(32.0), candidates=plans)

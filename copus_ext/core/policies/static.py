@@ -5,21 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from copus_ext.core.decision import Decision, Situation
+from copus_ext.core.plan import Plan
+from copus_ext.core.policies.base import Options, Policy, PolicySettings
 
 
 @dataclass(frozen=True)
-class StaticPolicy:
+class StaticPolicy(Policy):
     """Keeps the plan it is given."""
-
-    @property
-    def searches(self) -> bool:
-        """It needs no candidates."""
-        return False
-
-    def next_change(self, consumed_samples: int) -> int | None:
-        """Nothing is known to change."""
-        return None
 
     def decide(self, situation: Situation) -> Decision:
         """Stay."""
         return Decision(situation.current, situation.current, "stay: the policy is static")
+
+
+def make(settings: PolicySettings, base: Plan, options: Options) -> Policy:
+    """It has no options."""
+    return StaticPolicy()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from copus_ext.core.candidates import infeasible_reason
 from copus_ext.core.errors import UserError
 from copus_ext.core.grouping import (
     MIN_GROUPS,
@@ -40,7 +43,38 @@ def test_the_flag_narrows_it() -> None:
     }
 
 
-@pytest.mark.parametrize("text", ["dp=4", "tp", "tp=x", "tp=0", "gbs=8..4", "tp=1 tp=2"])
+def test_every_dimension_can_be_opened() -> None:
+    text = "tp=1,2 pp=2 vpp=any mbs=any recompute=none,full zero1=any sp=on,off gbs=16,48"
+    plans = parse_space(text).plans(BASE, MODEL)
+    layouts = {plan.layout for plan in plans}
+    assert {layout.recompute for layout in layouts} == {"none", "full"}
+    assert {layout.distributed_optimizer for layout in layouts} == {True, False}
+    assert {layout.vpp for layout in layouts} == {1, 2, 4}
+    assert {layout.sequence_parallel for layout in layouts if layout.tp == 2} == {True, False}
+    assert {layout.sequence_parallel for layout in layouts if layout.tp == 1} == {False}, "at tp 1 it says nothing"
+    assert {plan.micro_batch for plan in plans} == {1, 2, 4, 8, 16}
+    assert {plan.global_batch for plan in plans} == {16, 48}
+    assert len(set(plans)) == len(plans)
+    assert all(infeasible_reason(plan, MODEL) is None for plan in plans)
+
+
+def test_experts_and_context_are_left_as_they_are_unless_they_are_named() -> None:
+    experts = replace(MODEL, experts=4, moe_ffn=64)
+    base = Plan(Layout(dp=2, cp=2, ep=2), 1, 8)
+    assert {(p.layout.cp, p.layout.ep) for p in parse_space("tp=1 pp=1").plans(base, experts)} == {(2, 2)}
+    opened = parse_space("tp=1 pp=1 cp=1,2 ep=any").plans(base, experts)
+    assert {(p.layout.cp, p.layout.ep) for p in opened} == {(cp, ep) for cp in (1, 2) for ep in (1, 2, 4)}
+
+
+def test_the_plan_of_the_flags_is_found_again_whatever_it_wishes_at_tp_1() -> None:
+    for wish in (True, False):
+        base = Plan(Layout(dp=4, sequence_parallel=wish, distributed_optimizer=True), 2, 16)
+        assert base in parse_space("").plans(base, MODEL).row_of
+
+
+@pytest.mark.parametrize(
+    "text", ["dp=4", "tp", "tp=x", "tp=0", "gbs=8..4", "tp=1 tp=2", "recompute=some", "zero1=yes", "gbs=any"]
+)
 def test_what_is_not_understood_names_the_flag(text: str) -> None:
     with pytest.raises(UserError, match="--copus-space"):
         parse_space(text)

@@ -29,7 +29,7 @@ UNSETTLED_STEPS = 2  # after a switch: their times say more about caches than ab
 
 @dataclass(frozen=True)
 class Recent:
-    """Sums over the steps measured since the last decision."""
+    """Sums over the steps measured since the last decision or switch."""
 
     steps: int = 0
     sums: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of N, S and P
@@ -236,6 +236,7 @@ def _switch(known: Knowledge, event: Event) -> Knowledge:
         noise=known.noise.after_switch(old, new),
         trend=trend,
         critical_ratio=ratio,
+        recent=Recent(),  # of steps under one plan only
         steps_since_switch=0,
     )
 

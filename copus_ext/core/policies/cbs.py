@@ -13,21 +13,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from copus_ext.core.batch_change import batches_here, change_to, fastest, first_possible, stay
+from copus_ext.core.batch_change import batches_here, change_to, critical_batches, fastest, first_possible, stay
 from copus_ext.core.decision import Decision, Situation
-from copus_ext.core.goodput import QUANTILES, critical_batch_quantiles, has_upper_bound
+from copus_ext.core.goodput import has_upper_bound
 from copus_ext.core.plan import Layout, Plan
 from copus_ext.core.policies.base import Options, Policy, PolicySettings
 
 GIVEN, PESSIMISTIC, OPTIMISTIC = "given", "pessimistic", "optimistic"
 
 MARGIN = 1.2  # beyond the geometric mean of two batches; our choice, not tuned
-
-
-def critical_batches(situation: Situation) -> np.ndarray | None:
-    """[QUANTILES] equally likely critical batches, in sequences; None if nothing is known."""
-    log_c = situation.critical_ratio.quantiles(QUANTILES, situation.consumed_samples)
-    return critical_batch_quantiles(situation.noise, log_c)
 
 
 @dataclass(frozen=True)

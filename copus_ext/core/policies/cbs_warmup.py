@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from copus_ext.core.batch_change import at_batch, batches_here, change_to, stay
+from copus_ext.core.batch_change import at_batch, batches_here, change_to, critical_batches, stay
 from copus_ext.core.decision import Decision, Situation
 from copus_ext.core.errors import UserError
 from copus_ext.core.plan import Plan
 from copus_ext.core.policies.base import FLAG, Options, Policy, PolicySettings
-from copus_ext.core.policies.cbs import critical_batches
 
 _TOLERANCE, _FIT = "tolerance", "fit"
 _ROUNDING = 1e-9  # relative: a measured 64 that logarithms made 63.99... allows 64

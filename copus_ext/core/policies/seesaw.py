@@ -3,7 +3,8 @@
 Meterez et al. 2025 (arXiv 2510.14717): "whenever a standard scheduler would halve the learning rate, Seesaw instead
 multiplies it by 1/sqrt(2) and doubles the batch size". The batch is the flags' times 2^k with k the halvings that the
 schedule has made, and ``--copus-lr-rule sqrt`` multiplies the schedule by sqrt(2^k). So right behind a cut the rate is
-1 / sqrt(2) of what it was behind the one before. Between cuts it follows the schedule on; theirs stays.
+1 / sqrt(2) of what it was behind the one before. Between cuts it follows the schedule on; theirs, as
+far as we know, stays.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from copus_ext.adapters.agreement import of_first_rank
 from copus_ext.adapters.job import Job
 from copus_ext.adapters.optimizer_shards import inner_optimizers
 from copus_ext.adapters.world import whole_world
+from copus_ext.core.betas import steps_of_like_age
 
 _NEVER_STEPPED = -1
 _PLAIN = (bool, int, float, str, type(None))
@@ -55,6 +56,17 @@ def set_optimizer_step(job: Job, step: int) -> None:
                     inner.state[parameter]["step"] = torch.tensor(float(step), dtype=torch.float32, device=device)
             elif isinstance(inner, Adam):  # the fused one
                 group["step"] = step
+
+
+def recount_steps(job: Job, before: argparse.Namespace) -> None:
+    """Count the steps of Adam anew where its beta2 is not what it was under the arguments ``before``.
+
+    Adam takes from the count how much its averages have seen (:func:`~copus_ext.core.betas.steps_of_like_age`). For
+    beta1 the same count is right where both betas change by one rule.
+    """
+    old, new = before.adam_beta2, job.args.adam_beta2
+    if job.args.optimizer == "adam" and old != new and (steps := optimizer_step(job)) > 0:
+        set_optimizer_step(job, steps_of_like_age(steps, old, new))
 
 
 def tell_where_it_stands(job: Job) -> None:

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from copus_ext.core.betas import BETA_RULES, KEPT, check_beta_rule
 from copus_ext.core.errors import UserError
 from copus_ext.core.grouping import ADAM, AUTO, ESTIMATORS, LAYERNORM, StepShape, why_unmeasurable_in_a_run
 from copus_ext.core.hardware_file import MEASURED, load_hardware, shipped_hardware
@@ -79,6 +80,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help=f"learning rate by batch size: {', '.join(LR_RULES)}",
     )
     group.add_argument(
+        "--copus-beta-rule",
+        default=KEPT,
+        metavar="RULE",
+        help=f"Adam's two betas by batch size: {', '.join(BETA_RULES)}",
+    )
+    group.add_argument(
         "--copus-rehearse",
         default=AUTO,
         metavar="WHEN",
@@ -124,6 +131,7 @@ class CopusConfig:
     noise_half_life_tokens: float
     throughput_table: ThroughputTable | None = None
     rehearse: str = AUTO
+    beta_rule: str = KEPT
 
     @property
     def first_plan(self) -> Plan:
@@ -152,6 +160,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.copus_rehearse not in _REHEARSED:
         raise UserError(f"--copus-rehearse {args.copus_rehearse} is not known; choose from {', '.join(_REHEARSED)}")
     learning_rate_factor(args.copus_lr_rule, 1, 1)
+    check_beta_rule(args.copus_beta_rule, args.optimizer)
     if args.copus_hardware is not None and args.copus_hardware.lower() != MEASURED:
         load_hardware(args.copus_hardware, flag=HARDWARE_FLAG)
     check_estimator(args)
@@ -180,6 +189,7 @@ def config_from_args(args: argparse.Namespace, base: Plan) -> CopusConfig:
         directory=Path(args.copus_dir),
         interval=args.copus_interval,
         lr_rule=args.copus_lr_rule,
+        beta_rule=args.copus_beta_rule,
         noise_estimator=args.copus_gns_estimator,
         noise_half_life_tokens=half_life_tokens(args, base.global_batch),
         throughput_table=read_table(args.copus_throughput_table, TABLE_FLAG) if args.copus_throughput_table else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ from copus_ext.adapters.measure import forget_peak_memory, peak_memory
 from copus_ext.adapters.noise.gradient_noise import GradientNoise
 from copus_ext.core.decision import Decision, Situation
 from copus_ext.core.grouping import StepShape, why_unmeasurable_in_a_run
+from copus_ext.core.noise_scale import NoiseEstimate
 from copus_ext.core.noise_tracker import MeasuredStep
 from copus_ext.core.plan import Plan
 from copus_ext.run.config import CopusConfig
@@ -43,13 +45,17 @@ class Controller(Observer):
         telemetry: Telemetry,
         refusal_of: Callable[[Plan], str | None],
         prepare: Callable[[Plan], None],
+        follow_noise: Callable[[], None],
         continues_a_run: bool,
     ) -> None:
-        """``refusal_of``: why upstream can't run a plan. ``prepare``: have a switch to a plan ready; collective."""
+        """``refusal_of``: why upstream can't run a plan. ``prepare``: have a switch to a plan ready; collective.
+
+        ``follow_noise``: let learning rates be what they are by the noise scale that has become known.
+        """
         self.continues_a_run = continues_a_run
         self.wanted: Plan | None = None
         self._job, self._config, self._knowledge, self._telemetry = job, config, knowledge, telemetry
-        self._refusal_of, self._prepare = refusal_of, prepare
+        self._refusal_of, self._prepare, self._follow_noise = refusal_of, prepare, follow_noise
         self._steps = 0
         self._noise: NoiseMeter = NoMeter()
 
@@ -125,18 +131,23 @@ class Controller(Observer):
         self._take_in(self._noise.flush())
         self._take_in_memory()
         chosen: list[Plan | None] = [None, None]  # to switch to now; to be ready for
+        scale = self._knowledge.rate_noise_scale
         lead = dist.get_world_size() - 1
         if dist.get_rank() == lead:
             situation = self._situation()
             decision = self._decision(situation)
             self._telemetry.decision(decision, situation.noise)
             chosen = [decision.chosen if decision.is_switch else None, self._allowed(decision.upcoming)]
-        dist.broadcast_object_list(chosen, src=lead)
-        if chosen[0] is not None:
-            self.wanted = chosen[0]
+            scale = _known(situation.noise, scale)
+        told: list[Any] = [*chosen, scale]
+        dist.broadcast_object_list(told, src=lead)
+        wanted, upcoming, self._knowledge.rate_noise_scale = told
+        self._follow_noise()  # before a switch, too: the rates in a checkpoint of this step must be those of its state
+        if wanted is not None:
+            self.wanted = wanted
             self._args.train_iters = iteration  # train() stops after this step's evaluation and checkpoint
-        elif chosen[1] is not None:
-            self._prepare(chosen[1])
+        elif upcoming is not None:
+            self._prepare(upcoming)
 
     def _decision(self, situation: Situation) -> Decision:
         """Ask the policy, until what it wants is not refused by upstream's validation."""
@@ -170,6 +181,12 @@ class Controller(Observer):
             candidates=known.candidates,
             rejected=known.objections(),
         )
+
+
+def _known(noise: NoiseEstimate | None, otherwise: float) -> float:
+    """The noise scale where it is one that learning rates can be by."""
+    value = math.nan if noise is None else noise.value
+    return value if math.isfinite(value) and value > 0 else otherwise
 
 
 def _meter_of(job: Job, estimator: str) -> NoiseMeter:

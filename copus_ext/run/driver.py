@@ -19,11 +19,12 @@ from copus_ext.adapters.arguments import arguments_for, first_line, model_shape,
 from copus_ext.adapters.job import build_job
 from copus_ext.adapters.layouts import LayoutGroups
 from copus_ext.adapters.tokenizer import make_tokenizer
+from copus_ext.core.betas import beta_at_batch
 from copus_ext.core.candidates import infeasible_reason
 from copus_ext.core.errors import UserError
 from copus_ext.core.grouping import why_avoided
 from copus_ext.core.hardware import Hardware
-from copus_ext.core.learning_rate import learning_rate_factor
+from copus_ext.core.learning_rate import ADASCALE, learning_rate_factor
 from copus_ext.core.memory_model import MemoryModel
 from copus_ext.core.noise_tracker import NoiseTracker
 from copus_ext.core.plan import Plan
@@ -39,7 +40,7 @@ from copus_ext.run.data import Data
 from copus_ext.run.hardware import describe_hardware
 from copus_ext.run.knowledge import Knowledge, SavedState, load_state
 from copus_ext.run.progress import steps_beyond, steps_until
-from copus_ext.run.switch import NoMemory, Switcher, SwitchFailed
+from copus_ext.run.switch import NoMemory, Switcher, SwitchFailed, change_rates
 from copus_ext.run.telemetry import Telemetry, quiet
 from megatron.patches.training_hooks import observing
 
@@ -74,7 +75,9 @@ class Driver:
         self._can_rehearse = True
         raw.padded_vocab_size = self._padded_vocabulary()
         self._check_schedule()
-        args = arguments_for(raw, plan, announce=True, **self._overrides(plan))
+        # A checkpoint is found to fit only with the learning rates that it was made with, to the last bit.
+        rates_by = saved.rate_noise_scale if saved else math.inf
+        args = arguments_for(raw, plan, announce=True, **self._overrides(plan, rates_by))
         set_global_variables(args)
         training.initialize_megatron()
         training.set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
@@ -116,16 +119,25 @@ class Driver:
         wanted = self.config.space.tp or range(1, heads + 1)
         return [self.config.base.layout.tp, *(tp for tp in wanted if heads % tp == 0 and ranks % tp == 0)]
 
-    def _overrides(self, plan: Plan) -> dict[str, Any]:
-        """Arguments that follow from the plan but are no part of it: the learning rates for its global batch."""
-        factor = learning_rate_factor(self.config.lr_rule, plan.global_batch, self.config.base.global_batch)
+    def _overrides(self, plan: Plan, noise_scale: float | None = None) -> dict[str, Any]:
+        """Arguments that follow from the plan but are no part of it: learning rates and betas for its global batch.
+
+        ``noise_scale``: in sequences, that learning rates are by (default: as the run knows it).
+        """
+        batch, base, rule = plan.global_batch, self.config.base.global_batch, self.config.lr_rule
+        scale = self.knowledge.rate_noise_scale if noise_scale is None else noise_scale
+        factor = learning_rate_factor(rule, batch, base, scale, self.raw.optimizer)
+        betas = {
+            name: beta_at_batch(self.config.beta_rule, getattr(self.raw, name), batch, base)
+            for name in ("adam_beta1", "adam_beta2")
+        }
         names = ("lr", "min_lr", "lr_warmup_init", "decoupled_lr", "decoupled_min_lr")
         rates = {name: getattr(self.raw, name) for name in names}
         scaled = {name: rate * factor for name, rate in rates.items() if rate is not None}
         # Evaluation reads the same batches whatever the plan; a batch that every layout can share among its ranks.
         ranks = self.config.base.layout.world_size
-        batch = self.raw.eval_global_batch_size or math.ceil(self.config.base.global_batch / ranks) * ranks
-        return {**scaled, "eval_global_batch_size": batch}
+        together = self.raw.eval_global_batch_size or math.ceil(base / ranks) * ranks
+        return {**scaled, **betas, "eval_global_batch_size": together}
 
     def _first_knowledge(self, args: argparse.Namespace, hardware: Hardware, saved: SavedState | None) -> Knowledge:
         model = model_shape(args)
@@ -157,7 +169,7 @@ class Driver:
         """Why a plan is refused by the model's sizes or by upstream's own validation; ``None`` where it is not."""
         try:
             with quiet():
-                args = arguments_for(self.raw, plan, **self._overrides(plan))
+                args = arguments_for(self.raw, plan, **self._overrides(plan, math.inf))  # rates refuse no plan
             return infeasible_reason(plan, model_shape(args))
         except (AssertionError, ValueError, RuntimeError) as error:
             return first_line(error)
@@ -298,6 +310,11 @@ class Driver:
         except SwitchFailed as fault:
             self.telemetry.event("fault", kind="prepare", message=str(fault), plan=str(plan))
 
+    def _follow_noise(self) -> None:
+        """Let the learning rates be what they are by the noise scale as it is known now, where their rule asks it."""
+        if self.config.lr_rule == ADASCALE:
+            change_rates(self.job, self._overrides(self.job.plan))
+
     def _finish(self, iterators: tuple[Any, Any, Any], save: bool) -> None:
         """What upstream's ``pretrain()`` does behind its training loop; ``save``: there is something new to save."""
         job, args = self.job, self.job.args
@@ -316,7 +333,14 @@ class Driver:
 
     def _controller(self, continues_a_run: bool) -> Controller:
         return Controller(
-            self.job, self.config, self.knowledge, self.telemetry, self._refusal_of, self._prepare, continues_a_run
+            self.job,
+            self.config,
+            self.knowledge,
+            self.telemetry,
+            self._refusal_of,
+            self._prepare,
+            self._follow_noise,
+            continues_a_run,
         )
 
     def _report(self) -> None:

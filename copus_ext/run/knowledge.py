@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,11 @@ _FILE = "copus_state.json"
 
 @dataclass
 class Knowledge:
-    """The estimators as they stand, and the plans there are to choose from."""
+    """The estimators as they stand, and the plans there are to choose from.
+
+    ``rate_noise_scale``: the noise scale, in sequences, that learning rates are by; the same on every rank, and ``inf``
+    until one is known.
+    """
 
     noise: NoiseTracker
     throughput: ThroughputModel
@@ -28,6 +33,7 @@ class Knowledge:
     switch_cost: SwitchCost
     candidates: tuple[Plan, ...]
     rejected: dict[Plan, str] = field(default_factory=dict)
+    rate_noise_scale: float = math.inf
 
     def learn_memory(self, plan: Plan, peak: float) -> float:
         """Take in what ``plan`` was seen to take of the fullest rank's device; the bytes that were expected."""
@@ -47,6 +53,7 @@ class Knowledge:
             "throughput": self.throughput.to_json(),
             "memory": self.memory.to_json(),
             "switch_cost": self.switch_cost.to_json(),
+            "rate_noise_scale": self.rate_noise_scale if math.isfinite(self.rate_noise_scale) else None,
         }
         write_whole(Path(checkpoints) / f"iter_{iteration:07d}" / _FILE, json.dumps(state))
 
@@ -57,6 +64,7 @@ class Knowledge:
         hardware = self.throughput.hardware if hardware_is_named else state.throughput.hardware
         self.throughput = replace(self.throughput, hardware=hardware, histories=state.throughput.histories)
         self.switch_cost = state.switch_cost
+        self.rate_noise_scale = state.rate_noise_scale
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,7 @@ class SavedState:
     throughput: ThroughputModel
     memory: dict[str, Any]
     switch_cost: SwitchCost
+    rate_noise_scale: float
 
 
 def load_state(checkpoints: str | None, iteration: int | None = None) -> SavedState | None:
@@ -86,10 +95,12 @@ def load_state(checkpoints: str | None, iteration: int | None = None) -> SavedSt
     if not path.exists():
         return None
     state = json.loads(path.read_text())
+    rate_noise_scale = state.get("rate_noise_scale")  # older states have none
     return SavedState(
         plan=plan_from_json(state["plan"]),
         noise=NoiseTracker.from_json(state["noise"]),
         throughput=ThroughputModel.from_json(state["throughput"]),
         memory=state["memory"],
         switch_cost=SwitchCost.from_json(state["switch_cost"]),
+        rate_noise_scale=math.inf if rate_noise_scale is None else rate_noise_scale,
     )

@@ -269,7 +269,14 @@ class ProfiledRun(Driver):
 
     def _controller(self, continues_a_run: bool) -> Controller:
         self._watched = _StepTimes(
-            self.job, self.config, self.knowledge, self.telemetry, self._refusal_of, self._prepare, continues_a_run
+            self.job,
+            self.config,
+            self.knowledge,
+            self.telemetry,
+            self._refusal_of,
+            self._prepare,
+            self._follow_noise,
+            continues_a_run,
         )
         return self._watched
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from megatron.training.global_vars import set_args
 
 from copus_ext.adapters.agreement import first_failure
 from copus_ext.adapters.arguments import arguments_for, first_line
-from copus_ext.adapters.carry import RngState, carry_scheduler, tell_where_it_stands
+from copus_ext.adapters.carry import RngState, carry_scheduler, recount_steps, tell_where_it_stands
 from copus_ext.adapters.job import Job, build_job
 from copus_ext.adapters.job_memory import gradients
 from copus_ext.adapters.layouts import LayoutGroups
@@ -26,6 +27,7 @@ from copus_ext.core.plan import Layout, Plan
 from copus_ext.run.progress import carry_progress
 
 _KEPT = 8
+_RATES = ("lr", "min_lr", "lr_warmup_init", "decoupled_lr", "decoupled_min_lr")
 
 
 @dataclass
@@ -100,7 +102,7 @@ class Switcher:
         Args:
             job: what trains now, between two steps.
             plan: where to go.
-            overrides: further arguments for the new plan (learning rates, padded vocabulary).
+            overrides: further arguments for the new plan (learning rates, betas, padded vocabulary).
             rehearsed: see whether all ranks have the memory for a step of ``plan`` before it is settled that the job
                 stays there (:func:`~copus_ext.adapters.rehearsal.rehearse`). The same on every rank. Where only batch
                 sizes change, nothing is rehearsed that can't need more memory than before.
@@ -121,7 +123,9 @@ class Switcher:
                 with phases("rehearse"):
                     _rehearse(job, plan, report)
             with phases("prepare"):
-                _change_batch(job, plan, args, job.args)
+                before = job.args
+                _change_batch(job, plan, args, before)
+                recount_steps(job, before)
             return job, report
         rng = RngState.capture()
         with _return_if_it_fails(job, self._layouts, rng):
@@ -138,6 +142,7 @@ class Switcher:
                 _rehearse(new, plan, report)
         with phases("release"):
             carry_scheduler(job, new)
+            recount_steps(new, job.args)
             rng.restore_for(new, args.iteration)
             self._hollow.pop(plan.layout, None)
             self._keep(job)
@@ -260,15 +265,35 @@ def _change_batch(job: Job, plan: Plan, args: argparse.Namespace, running: argpa
     """Other batch sizes, or another time, on the same layout: nothing is built, only what counts batches is told."""
     # Upstream works it out when it builds a scheduler, and would build one in steps where it is there before.
     args.train_iters = running.train_iters
-    for group in job.optimizer.param_groups:
-        group["max_lr"] = _rate_under(args, job.args, group["max_lr"], "lr", "decoupled_lr")
-        group["min_lr"] = _rate_under(args, job.args, group["min_lr"], "min_lr", "decoupled_min_lr")
-    scheduler = job.scheduler
-    scheduler.init_lr, scheduler.max_lr, scheduler.min_lr = args.lr_warmup_init, args.lr, args.min_lr
-    scheduler.step(0)
+    tell_optimizer(job, args)
     job.plan, job.args = plan, args
     set_args(args)
     set_micro_batches(args)
+
+
+def change_rates(job: Job, overrides: Mapping[str, Any]) -> None:
+    """Give ``job`` other learning rates, and leave its plan: between two steps, also within ``train()``.
+
+    Upstream's ``train()`` holds on to the arguments and counts in them, so they stay the same object, and what is no
+    learning rate among ``overrides`` is let be. Not collective: all ranks have to be given the same.
+    """
+    rates = {name: overrides[name] for name in _RATES if name in overrides}
+    args = copy.copy(job.args)
+    vars(args).update(rates)
+    tell_optimizer(job, args)
+    vars(job.args).update(rates)
+
+
+def tell_optimizer(job: Job, args: argparse.Namespace) -> None:
+    """Learning rates, their bounds and Adam's betas of ``args`` for a job that has those of ``job.args``."""
+    for group in job.optimizer.param_groups:
+        group["max_lr"] = _rate_under(args, job.args, group["max_lr"], "lr", "decoupled_lr")
+        group["min_lr"] = _rate_under(args, job.args, group["min_lr"], "min_lr", "decoupled_min_lr")
+        if args.optimizer == "adam":  # others have betas of another meaning, from other flags
+            group["betas"] = (args.adam_beta1, args.adam_beta2)
+    scheduler = job.scheduler
+    scheduler.init_lr, scheduler.max_lr, scheduler.min_lr = args.lr_warmup_init, args.lr, args.min_lr
+    scheduler.step(0)
 
 
 def _rate_under(new: argparse.Namespace, old: argparse.Namespace, rate: float, *names: str) -> float:

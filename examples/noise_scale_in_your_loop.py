@@ -77,7 +77,7 @@ def train(
         for number in range(1, steps + 1):
             loss, grad_norm = trainer.step(batches)
             losses.append(loss)
-            for N, S in noise.step(grad_norm):  # noise: of the steps since the last reduction, one in four
+            for N, S, _ in noise.step(grad_norm):  # noise: of the steps since the last reduction, one in four
                 average = average.update(N, S, tokens, noise.batch)  # noise:
             if number % 10 == 0 and dist.get_rank() == dist.get_world_size() - 1:
                 say(f"step {number:4d} | loss here {loss:.3f} | {describe(average.estimate())}")

@@ -43,6 +43,8 @@ def plan_overrides(raw: argparse.Namespace, plan: Plan) -> dict[str, Any]:
         "use_distributed_optimizer": layout.distributed_optimizer,
         "micro_batch_size": plan.micro_batch,
         "global_batch_size": plan.global_batch,
+        "rampup_batch_size": None,  # every step of a plan has its batch
+        "step_batch_size_schedule": None,
         **recompute,
     }
 

@@ -113,7 +113,7 @@ def measure_accuracy(bench: Workbench, job: Job, pool: Sequence[int], shuffles: 
     plain = truths["plain"].noise_scale
     groups = {name: noise.grouping.dense_groups for name, noise in _collectors(job).items()}
     found = {
-        name: _accuracy(np.array(values), truths.get(name, truths["plain"]), groups[name], plain)
+        name: _accuracy(np.array(values)[:, :2], truths.get(name, truths["plain"]), groups[name], plain)
         for name, values in steps.items()
     }
     return found | {"layernorm, corrected": _corrected(steps, groups["layernorm"], plain, job)}

@@ -128,8 +128,8 @@ class RunningCorrection:
         predicted = self._predicted(cheap)
         moved = replace(
             self,
-            cheap=self.cheap.update(*cheap, tokens, batch, temperature=temperature),
-            carried=self.carried.update(*predicted, tokens, batch, temperature=temperature),
+            cheap=self.cheap.update(cheap.N, cheap.S, tokens, batch, temperature=temperature),
+            carried=self.carried.update(predicted.N, predicted.S, tokens, batch, temperature=temperature),
             tokens_since_full=self.tokens_since_full + tokens,
         )
         if full is None or not _finite(full):
@@ -145,7 +145,7 @@ class RunningCorrection:
         error = StepEstimate(full.N - predicted.N, full.S - predicted.S)
         return replace(
             self,
-            residual=self.residual.update(*error, tokens, batch, temperature=temperature),
+            residual=self.residual.update(error.N, error.S, tokens, batch, temperature=temperature),
             of_n=self.of_n.update(cheap.N, full.N, batch, kept),
             of_s=self.of_s.update(cheap.S, full.S, batch, kept),
             tokens_since_full=0.0,

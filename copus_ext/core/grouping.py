@@ -66,6 +66,17 @@ def _fewest_slices(micro_batches: int, independent: int, min_groups: int) -> int
     return next((d for d in divisors if d * independent >= min_groups), micro_batches)
 
 
+def with_inner_products(estimator: str) -> str:
+    """Who reads inner products of gradients where ``estimator`` is asked for.
+
+    Raises:
+        ValueError: it has square norms only, or norm layers only.
+    """
+    if estimator in (DP_GROUPS, SLICES, LAYERNORM):
+        raise ValueError(_because(f"{estimator} gives no inner products of gradients; sketch does"))
+    return SKETCH if estimator == AUTO else estimator
+
+
 def why_unmeasurable(shape: StepShape, estimator: str = AUTO) -> str | None:
     """Why the noise scale can't be measured in such steps, or ``None`` where it can."""
     grouping = grouping_of(shape, estimator)

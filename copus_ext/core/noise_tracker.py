@@ -46,7 +46,7 @@ class NoiseTracker:
 
     def update(self, step: MeasuredStep) -> Self:
         """After one more step."""
-        smoothed, (N, S) = self.smoothed, step.estimate
+        smoothed, (N, S, _) = self.smoothed, step.estimate
         if isinstance(smoothed, RunningCorrection):
             later: NoiseScaleEstimator | RunningCorrection = smoothed.update(
                 step.full, step.estimate, step.tokens, step.batch, temperature=step.temperature

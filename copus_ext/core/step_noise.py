@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -9,10 +10,15 @@ from numpy.typing import ArrayLike
 
 
 class StepEstimate(NamedTuple):
-    """Of one step: ``N`` estimates |G|^2, ``S`` estimates tr(Sigma) of a single sequence. N may well be negative."""
+    """Of one step: ``N`` estimates |G|^2, ``S`` estimates tr(Sigma) of a single sequence. N may well be negative.
+
+    ``P`` estimates the variance of a sequence's inner product with the step's mean gradient; ``nan`` where it was not
+    measured. A sketched one may be negative, too.
+    """
 
     N: float
     S: float
+    P: float = math.nan
 
 
 def step_estimate(group_square_norms: ArrayLike, group_batches: ArrayLike, mean_square_norm: float) -> StepEstimate:
@@ -40,6 +46,44 @@ def step_estimate(group_square_norms: ArrayLike, group_batches: ArrayLike, mean_
     signal = mean_square_norm - float(weights**2 @ square_norms)
     spread = float(weights @ square_norms) - mean_square_norm
     return StepEstimate(N=signal / (1.0 - float(weights @ weights)), S=batch * spread / (weights.size - 1))
+
+
+def inner_product_variance(inner_products: ArrayLike, group_batch: float) -> float:
+    """P, the variance over single sequences i of <g_i, g_B>, from a step's n groups of equally many sequences.
+
+    Bollapragada, Byrd and Nocedal 2018 ("Adaptive sampling strategies for stochastic optimization", arXiv 1710.11258,
+    section 2) hold P / B against theta^2 |g_B|^4, and so does AdAdaGrad (Lau, Liu and Kolar 2024, arXiv 2402.11215).
+    With a_j = <x_j, g_B> of the groups' mean gradients x_j, whose mean is |g_B|^2,
+
+        P = b / (n - 1) sum_j (a_j - |g_B|^2)^2        for groups of b sequences
+
+    Over the ways to deal B sequences to the groups it has the sample variance of the B inner products as its mean.
+
+    Inner products that were measured in D independent draws, each unbiased for a_j, have errors whose squares would
+    add up in P. So the square is replaced by the mean product of two different draws, in which errors cancel on
+    average. Where Gaussian errors rule, it scatters 1 / sqrt(D (D - 1)) as much as one draw's square.
+
+    Args:
+        inner_products: [n] where they are exact, or [D, n]: those of each draw.
+        group_batch: b, sequences in a group.
+
+    Returns:
+        P; from several draws it may be negative. ``nan`` where an inner product is not finite.
+
+    Raises:
+        ValueError: fewer than two groups, or groups without sequences.
+    """
+    products = np.atleast_2d(np.asarray(inner_products, dtype=np.float64))
+    draws, groups = products.shape
+    if groups < 2 or not group_batch > 0:
+        raise ValueError(f"P needs at least two groups, each with sequences, not {groups} of {group_batch}")
+    if not bool(np.isfinite(products).all()):
+        return math.nan
+    spread = products - products.mean(axis=1, keepdims=True)
+    square = float((spread.sum(axis=0) ** 2).sum())
+    if draws > 1:
+        square = (square - float((spread**2).sum())) / (draws * (draws - 1))
+    return float(group_batch * square / (groups - 1))
 
 
 def step_variance(signal: float, trace_square: float, group_batches: ArrayLike) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from copus_ext.core.events import Event
 from copus_ext.core.plan import plan_from_json
+from copus_ext.core.report_ratio import RatioStory, format_probes, format_ratio, ratio_story
 
 _WIDTH = 100  # columns
 _EDGE_STEPS = 10  # a single step's loss is noise: the mean of this many stands for the start and for the end
@@ -45,8 +47,10 @@ class Summary:
     evals: tuple[Event, ...]
     plans: tuple[PlanUse, ...]
     noise: tuple[Event, ...]
+    ratio: RatioStory
     changes: tuple[Event, ...]  # decisions for another plan
     stays: int
+    weighs_gains: bool  # in some decision
     switches: tuple[Event, ...]
     checks: tuple[Event, ...]  # of switches of the layout: whether N and S went on
     faults: tuple[Event, ...]
@@ -86,8 +90,10 @@ def summarise(events: Iterable[Event], source: str | Path | None = None) -> Summ
         evals=tuple(event for event in kinds.get("eval", []) if event.get("loss") is not None),
         plans=plan_uses(steps),
         noise=tuple(event for event in kinds.get("noise_scale", []) if event.get("N") is not None),
+        ratio=ratio_story(events),
         changes=changes,
         stays=len(decisions) - len(changes),
+        weighs_gains=any(decision.get("gain") is not None for decision in decisions),
         switches=tuple(kinds.get("switch", [])),
         checks=tuple(kinds.get("switch_check", [])),
         faults=tuple(kinds.get("fault", [])),
@@ -126,8 +132,9 @@ def format_summary(summary: Summary) -> str:
 
 
 def format_overview(summary: Summary) -> str:
-    """The part of the summary that does not grow with what happened: loss, speed, noise scale."""
-    return "\n".join([_headline(summary), *_loss_lines(summary), *_speed_lines(summary), *_noise_lines(summary)])
+    """The part of the summary that does not grow with what happened: policy, loss, speed, noise scale, c."""
+    lines = [*_loss_lines(summary), *_speed_lines(summary), *_noise_lines(summary), *_ratio_lines(summary)]
+    return "\n".join([_headline(summary), *_policy_line(summary), *lines])
 
 
 def format_noise(event: Event) -> str:
@@ -156,9 +163,18 @@ def _headline(summary: Summary) -> str:
     words.append(f"{summary.seconds:.1f} s")
     if "world_size" in start:
         words.append(_count(start["world_size"], "rank"))
-    if "policy" in start:
-        words.append(f"policy {start['policy']}")
+    policy = (start.get("settings") or {}).get("policy", start.get("policy"))
+    if policy is not None:
+        words.append(f"policy {policy}")
     return ", ".join(words)
+
+
+def _policy_line(summary: Summary) -> list[str]:
+    """What a policy that weighs gains went by; others have settings for it that they do not follow."""
+    settings = summary.start.get("settings") or {}
+    if not summary.weighs_gains or "objective" not in settings:
+        return []
+    return [_entry("objective", f"{settings['objective']}, switch rule {settings.get('switch_rule')}")]
 
 
 def _loss_lines(summary: Summary) -> list[str]:
@@ -196,6 +212,19 @@ def _noise_lines(summary: Summary) -> list[str]:
     first, last = summary.noise[0], summary.noise[-1]
     text = f"{format_noise(first)} at step {first['iteration']} -> {format_noise(last)} at step {last['iteration']}"
     return [_entry("noise scale", text), _entry("", "(in sequences, with 95 % interval)")]
+
+
+def _ratio_lines(summary: Summary) -> list[str]:
+    """c, critical batch / noise scale, where it was observed; and the branches that were made to measure it."""
+    story, lines = summary.ratio, []
+    if story.observations and story.end is not None:
+        kinds = Counter(lesson.kind for lesson in story.observations)
+        told = ", ".join(_count(number, kind) for kind, number in kinds.items())
+        lines.append(_entry("c", f"{format_ratio(story.start or story.end)} -> {format_ratio(story.end)} by {told}"))
+        lines.append(_entry("", "(critical batch / noise scale, with 95 % interval)"))
+    if story.probes:
+        lines.append(_entry("probes", format_probes(story, summary.seconds)))
+    return lines
 
 
 def _decision_lines(summary: Summary) -> list[str]:

@@ -41,6 +41,7 @@ class Series:
     stairs: bool = False  # y holds from the x before up to its own
     dots: bool = False
     whiskers: bool = False  # low and high as one stroke at every point, and not as an area
+    outline: bool = False  # low and high as dashed lines, and not as an area: for one interval over another
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,8 @@ def _draw_series(series: Series, x_axis: Axis, y_axis: Axis) -> str:
     low, high = (np.asarray(edge, dtype=np.float64)[keep] for edge in (series.low, series.high))
     if series.whiskers:
         return _whiskers(x, y_axis(low), y_axis(high), series.color) + shape
+    if series.outline:
+        return _outline(x, y_axis(low), y_axis(high), series) + shape
     # Open or far ends are drawn at the edge of the picture, where they are cut off anyway.
     edges = y_axis(np.maximum(low, y_axis.low)), y_axis(np.minimum(high, y_axis.high))
     return _area(x, *edges, series.color) + shape
@@ -197,6 +200,12 @@ def _whiskers(x: Array, low: Array, high: Array, color: str) -> str:
     ends = [(a, b, c) for a, b, c in zip(x, low, high, strict=True) if math.isfinite(b) and math.isfinite(c)]
     strokes = "".join(f"M{a:.1f} {b:.1f}V{c:.1f}" for a, b, c in ends)
     return f'<path d="{strokes}" stroke="{color}" stroke-width="1.4" stroke-opacity="0.7"/>'
+
+
+def _outline(x: Array, low: Array, high: Array, series: Series) -> str:
+    """Two dashed lines, each with a gap where it has no finite value."""
+    dashes = f'fill="none" stroke="{series.color}" stroke-width="1" stroke-opacity="0.8" stroke-dasharray="4 3"'
+    return "".join(f'<path d="{_path(x, edge, series.stairs)}" {dashes}/>' for edge in (low, high))
 
 
 def _path(x: Array, y: Array, stairs: bool) -> str:

@@ -8,13 +8,23 @@ from pathlib import Path
 
 from copus_ext.core.betas import BETA_RULES, KEPT, check_beta_rule
 from copus_ext.core.errors import UserError
-from copus_ext.core.grouping import ADAM, AUTO, ESTIMATORS, LAYERNORM, StepShape, why_unmeasurable_in_a_run
+from copus_ext.core.grouping import (
+    ADAM,
+    AUTO,
+    ESTIMATORS,
+    LAYERNORM,
+    StepShape,
+    why_unmeasurable_in_a_run,
+    with_inner_products,
+)
 from copus_ext.core.hardware_file import MEASURED, load_hardware, shipped_hardware
 from copus_ext.core.learning_rate import LR_RULES, learning_rate_factor
+from copus_ext.core.objective import GOODPUT, PAPER, parse_objective
 from copus_ext.core.plan import Plan
-from copus_ext.core.policy import POLICIES, Policy, make_policy
-from copus_ext.core.schedule import Schedule, parse_schedule
+from copus_ext.core.policies.base import Policy, PolicySettings
+from copus_ext.core.policy import POLICIES, make_policy
 from copus_ext.core.space import Space, parse_space
+from copus_ext.core.switch_rule import AMORTISED, THRESHOLD, parse_switch_rule
 from copus_ext.core.throughput_table import ThroughputTable, read_table
 
 TABLE_FLAG = "--copus-throughput-table"
@@ -32,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--copus-policy",
         default="copus",
         metavar="NAME",
-        help=f"who chooses the plan: {', '.join(POLICIES)}",
+        help=f"who chooses the plan: {', '.join(POLICIES)}; options behind a colon, like norm-test:eta=0.2",
     )
     group.add_argument(
         "--copus-schedule",
@@ -43,8 +53,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--copus-space",
         default="",
         metavar="SPACE",
-        help='plans to choose from, like "tp=1,2 pp=1,2,4 mbs=1,2 gbs=16..512" (default: every layout, the given '
-        "micro-batch and its halves, 1/16 to 16 times the given global batch)",
+        help='plans to choose from, like "tp=1,2 pp=1,2,4 recompute=none,full zero1=any mbs=1,2 gbs=16..512" (default: '
+        "every tensor and pipeline parallel size, the given micro-batch and its halves, 1/16 to 16 times the given "
+        "global batch)",
+    )
+    group.add_argument(
+        "--copus-objective",
+        default=GOODPUT,
+        metavar="NAME",
+        help=f"what plans are chosen for: {GOODPUT}, or {PAPER}: times the learning rate's factor",
+    )
+    group.add_argument(
+        "--copus-switch-rule",
+        default=AMORTISED,
+        metavar="RULE",
+        help=f"when a switch is worth it: {AMORTISED}, or {THRESHOLD} with a gain like {THRESHOLD}:0.10",
+    )
+    group.add_argument(
+        "--copus-probe-budget",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="share of the run's time that branches may take which measure c, critical batch / noise scale; 0: none",
     )
     group.add_argument(
         HARDWARE_FLAG,
@@ -119,10 +149,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 class CopusConfig:
     """What the flags say, checked."""
 
-    policy_name: str
+    settings: PolicySettings
     policy: Policy
     base: Plan  # of upstream's own flags: the learning rate is meant for its global batch
-    schedule: Schedule | None
     space: Space
     directory: Path
     interval: int
@@ -136,16 +165,12 @@ class CopusConfig:
     @property
     def first_plan(self) -> Plan:
         """What the run starts with."""
-        return self.schedule.plan_at(0) if self.schedule else self.base
+        return self.policy.plan_at(0) or self.base
 
     @property
     def named_plans(self) -> tuple[Plan, ...]:
         """The plans that the flags name."""
-        return tuple(plan for _, plan in self.schedule.entries) if self.schedule else (self.base,)
-
-    def scheduled_at(self, consumed_samples: int) -> Plan | None:
-        """What a schedule has for the step that starts there; ``None`` without a schedule."""
-        return self.schedule.plan_at(consumed_samples) if self.schedule else None
+        return self.policy.named_plans(self.base)
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -159,7 +184,11 @@ def check_flags(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; give at least {least}")
     if args.copus_rehearse not in _REHEARSED:
         raise UserError(f"--copus-rehearse {args.copus_rehearse} is not known; choose from {', '.join(_REHEARSED)}")
+    if not 0 <= args.copus_probe_budget < 1:
+        raise UserError(f"--copus-probe-budget {args.copus_probe_budget:g} is a share of the run: give 0 to below 1")
     learning_rate_factor(args.copus_lr_rule, 1, 1)
+    parse_objective(args.copus_objective, args.copus_lr_rule)
+    parse_switch_rule(args.copus_switch_rule)
     check_beta_rule(args.copus_beta_rule, args.optimizer)
     if args.copus_hardware is not None and args.copus_hardware.lower() != MEASURED:
         load_hardware(args.copus_hardware, flag=HARDWARE_FLAG)
@@ -178,25 +207,61 @@ def config_from_args(args: argparse.Namespace, base: Plan) -> CopusConfig:
     Raises:
         UserError: something is wrong; the message says what to do.
     """
-    schedule = parse_schedule(args.copus_schedule, base) if args.copus_schedule is not None else None
-    policy = make_policy(args.copus_policy, schedule, args.copus_dwell_steps, args.copus_max_growth)
+    settings = policy_settings(args)
+    policy = make_policy(settings, base)
     config = CopusConfig(
-        policy_name=args.copus_policy,
+        settings=settings,
         policy=policy,
         base=base,
-        schedule=schedule,
         space=parse_space(args.copus_space),
         directory=Path(args.copus_dir),
         interval=args.copus_interval,
         lr_rule=args.copus_lr_rule,
         beta_rule=args.copus_beta_rule,
-        noise_estimator=args.copus_gns_estimator,
+        noise_estimator=_estimator(args.copus_gns_estimator, policy),
         noise_half_life_tokens=half_life_tokens(args, base.global_batch),
         throughput_table=read_table(args.copus_throughput_table, TABLE_FLAG) if args.copus_throughput_table else None,
         rehearse=args.copus_rehearse,
     )
     _check_measurable(config)
     return config
+
+
+def policy_settings(args: argparse.Namespace) -> PolicySettings:
+    """What the flags say of the policy.
+
+    Raises:
+        UserError: a ramp that is none.
+    """
+    ramp = args.rampup_batch_size
+    try:
+        rampup = None if ramp is None else tuple(int(number) for number in ramp)
+    except ValueError:
+        raise UserError(f"--rampup-batch-size {' '.join(ramp)}: give START INCREMENT SAMPLES") from None
+    return PolicySettings(
+        policy=args.copus_policy,
+        schedule=args.copus_schedule,
+        objective=args.copus_objective,
+        switch_rule=args.copus_switch_rule,
+        dwell_steps=args.copus_dwell_steps,
+        max_growth=args.copus_max_growth,
+        lr_rule=args.copus_lr_rule,
+        probe_budget=args.copus_probe_budget,
+        train_samples=args.train_samples,
+        rampup=rampup,
+        step_schedule=args.step_batch_size_schedule,
+        seq_length=args.seq_length,
+    )
+
+
+def _estimator(name: str, policy: Policy) -> str:
+    """Who reads the gradients: what the flag says, if it reads what the policy needs."""
+    if not policy.needs_inner_products:
+        return name
+    try:
+        return with_inner_products(name)
+    except ValueError as error:
+        raise UserError(f"--copus-gns-estimator {name}: {error}, and the policy needs them; use auto") from None
 
 
 def _check_measurable(config: CopusConfig) -> None:
@@ -269,5 +334,9 @@ def _check_length(args: argparse.Namespace) -> None:
     if by_steps:
         flag = "--" + by_steps[0].replace("_", "-")
         raise UserError(f"{flag} counts steps, whose size changes; use {flag.replace('iters', 'samples')}")
-    if args.step_batch_size_schedule is not None:
-        raise UserError("--step-batch-size-schedule and COPUS would both set the batch size; use --no-copus with it")
+    ramps = {"--rampup-batch-size": args.rampup_batch_size, "--step-batch-size-schedule": args.step_batch_size_schedule}
+    for flag, given in ramps.items():
+        if given is not None and args.copus_policy != "rampup":
+            raise UserError(
+                f"{flag} and --copus-policy {args.copus_policy} both set the batch size; use rampup with it"
+            )

@@ -1,13 +1,11 @@
-"""Between the training loop and the policy: learns from every step, asks the policy, and has all ranks agree."""
+"""Between the training loop and the policy: records every step, asks the policy, and has all ranks agree."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -15,53 +13,58 @@ from copus_ext.adapters.agreement import largest
 from copus_ext.adapters.job import Job
 from copus_ext.adapters.measure import forget_peak_memory, peak_memory
 from copus_ext.adapters.noise.gradient_noise import GradientNoise
-from copus_ext.core.decision import Decision, Situation
+from copus_ext.core.deciding import decide
+from copus_ext.core.decision import Probe
 from copus_ext.core.grouping import StepShape, why_unmeasurable_in_a_run
-from copus_ext.core.noise_scale import NoiseEstimate
+from copus_ext.core.knowledge import Knowledge
 from copus_ext.core.noise_tracker import MeasuredStep
 from copus_ext.core.plan import Plan
+from copus_ext.core.plan_table import PlanTable
 from copus_ext.run.config import CopusConfig
-from copus_ext.run.knowledge import Knowledge
+from copus_ext.run.knowledge import save_knowledge
 from copus_ext.run.noise_meter import GradientMeter, NoiseMeter, NoMeter
 from copus_ext.run.progress import steps_until
 from copus_ext.run.telemetry import Telemetry
 from megatron.patches.training_hooks import Observer, StepResult
 
 _NOTEWORTHY = 1.01  # growth of a plan's peak memory that is worth an event
-_UNSETTLED_STEPS = 2  # after a switch: their times say more about caches than about the plan
+
+
+class Host(Protocol):
+    """Whose job is controlled."""
+
+    job: Job
+    config: CopusConfig
+    telemetry: Telemetry
+
+    def refusal_of(self, plan: Plan) -> str | None:
+        """Why upstream can't run a plan."""
+
+    def prepare(self, plan: Plan) -> None:
+        """Have a switch to a plan ready. Collective."""
+
+    def follow_noise(self) -> None:
+        """Let learning rates be what they are by the noise scale that has become known."""
 
 
 class Controller(Observer):
-    """Watches one job. ``wanted`` is the plan to switch to; once it is set, ``train()`` is told to end.
+    """Watches one job. Once ``wanted`` or ``probe`` is set, a plan or a branch, ``train()`` is told to end.
 
     Only the leading rank decides, as only it has the losses and one clock must judge; the others are told.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        config: CopusConfig,
-        knowledge: Knowledge,
-        telemetry: Telemetry,
-        refusal_of: Callable[[Plan], str | None],
-        prepare: Callable[[Plan], None],
-        follow_noise: Callable[[], None],
-        continues_a_run: bool,
-    ) -> None:
-        """``refusal_of``: why upstream can't run a plan. ``prepare``: have a switch to a plan ready; collective.
-
-        ``follow_noise``: let learning rates be what they are by the noise scale that has become known.
-        """
+    def __init__(self, host: Host, *, continues_a_run: bool, deciding: bool = True) -> None:
+        """``deciding``: ask the policy where a decision is due."""
         self.continues_a_run = continues_a_run
         self.wanted: Plan | None = None
-        self._job, self._config, self._knowledge, self._telemetry = job, config, knowledge, telemetry
-        self._refusal_of, self._prepare, self._follow_noise = refusal_of, prepare, follow_noise
-        self._steps = 0
+        self.probe: Probe | None = None
+        self._host, self._job, self._telemetry = host, host.job, host.telemetry
+        self._config, self._deciding = host.config, deciding
         self._noise: NoiseMeter = NoMeter()
 
     def __enter__(self) -> Controller:
         forget_peak_memory()
-        self._noise = _meter_of(self._job, self._config.noise_estimator)
+        self._noise = _meter_of(self._job, self._config)
         self._noise.__enter__()
         return self
 
@@ -74,13 +77,17 @@ class Controller(Observer):
     def _args(self) -> argparse.Namespace:
         return self._job.args
 
+    @property
+    def _known(self) -> Knowledge:
+        assert self._telemetry.knowledge is not None
+        return self._telemetry.knowledge
+
     def on_step(self, step: StepResult) -> None:
-        """Learn from the step, and decide where one is due."""
+        """Record the step, and decide where one is due."""
         self._args.curr_iteration = step.iteration
-        self._steps += 1
-        self._telemetry.step(step, self._job.plan, self._args.seq_length)
-        self._learn(step)
-        if self._decision_is_due(step.iteration):
+        self._telemetry.step(step, self._job.plan, self._args.seq_length, self._rate_share(step.learning_rate))
+        self._take_in(self._noise.step(step.iteration, step.grad_norm, step.learning_rate))
+        if self._deciding and self._decision_is_due(step.iteration):
             self._decide(step.iteration)
 
     def on_eval(self, losses: dict[str, Any]) -> None:
@@ -92,33 +99,35 @@ class Controller(Observer):
         """Put what has been learned beside the checkpoint."""
         self._take_in(self._noise.flush())
         if self._telemetry.leads:
-            self._knowledge.save(self._args.save, iteration, self._job.plan)
+            save_knowledge(self._known, self._args.save, iteration)
         self._telemetry.event("checkpoint", path=str(self._args.save))
 
-    def _learn(self, step: StepResult) -> None:
-        self._take_in(self._noise.step(step.iteration, step.grad_norm, step.learning_rate))
-        if self._steps > _UNSETTLED_STEPS:
-            self._knowledge.throughput = self._knowledge.throughput.observe(self._job.plan, step.step_time_s)
+    def _rate_share(self, learning_rate: float | None) -> float:
+        """The scheduled learning rate as a share of its peak; 1 until the warm-up is over."""
+        scheduler = self._job.scheduler
+        if learning_rate is None or scheduler.num_steps <= scheduler.lr_warmup_steps or not scheduler.max_lr:
+            return 1.0
+        return min(1.0, learning_rate / float(scheduler.max_lr))
 
     def _take_in(self, steps: list[MeasuredStep]) -> None:
-        """Update the noise scale by steps that have been measured."""
+        """Record steps that have been measured, and verdicts on the last switch that they complete."""
+        if not steps:
+            return
+        tracker = self._known.noise
         for step in steps:
-            self._knowledge.noise = self._knowledge.noise.update(step)
-            if verdict := self._knowledge.noise.verdict():
+            tracker = tracker.update(step)
+            if verdict := tracker.verdict():
                 self._telemetry.switch_check(verdict, self._job.plan)
-        if steps:
-            self._telemetry.noise_scale(self._knowledge.noise.estimate(), self._noise.estimator, steps)
+        self._telemetry.noise_scale(tracker.estimate(), self._noise.estimator, steps)
 
     def _take_in_memory(self) -> None:
-        """Learn what the plan takes of a device on its fullest rank, where devices tell. Collective over all ranks."""
+        """Record what the plan takes of a device on its fullest rank, where devices tell. Collective over all ranks."""
         peak = peak_memory()
         if peak is None:
             return
-        peak, plan = largest(peak), self._job.plan
-        before = dict(self._knowledge.memory.peaks).get(plan, 0.0)
-        expected = self._knowledge.learn_memory(plan, peak)
-        if peak > _NOTEWORTHY * before:
-            self._telemetry.memory(plan, peak, expected)
+        peak, plan, memory = largest(peak), self._job.plan, self._known.memory
+        if peak > _NOTEWORTHY * dict(memory.peaks).get(plan, 0.0):
+            self._telemetry.memory(plan, peak, float(memory.predict(PlanTable.of([plan]))[0]))
 
     def _decision_is_due(self, iteration: int) -> bool:
         samples = self._args.consumed_train_samples
@@ -130,67 +139,39 @@ class Controller(Observer):
     def _decide(self, iteration: int) -> None:
         self._take_in(self._noise.flush())
         self._take_in_memory()
-        chosen: list[Plan | None] = [None, None]  # to switch to now; to be ready for
-        scale = self._knowledge.rate_noise_scale
+        told: list[Any] = [None] * 4
         lead = dist.get_world_size() - 1
         if dist.get_rank() == lead:
-            situation = self._situation()
-            decision = self._decision(situation)
-            self._telemetry.decision(decision, situation.noise)
-            chosen = [decision.chosen if decision.is_switch else None, self._allowed(decision.upcoming)]
-            scale = _known(situation.noise, scale)
-        told: list[Any] = [*chosen, scale]
+            told = self._decision()
         dist.broadcast_object_list(told, src=lead)
-        wanted, upcoming, self._knowledge.rate_noise_scale = told
-        self._follow_noise()  # before a switch, too: the rates in a checkpoint of this step must be those of its state
-        if wanted is not None:
-            self.wanted = wanted
+        fields, self.wanted, upcoming, self.probe = told
+        self._telemetry.decision(fields)
+        self._host.follow_noise()  # before a switch, too: a checkpoint of this step has the rates of its state
+        if self.wanted is not None or self.probe is not None:
             self._args.train_iters = iteration  # train() stops after this step's evaluation and checkpoint
         elif upcoming is not None:
-            self._prepare(upcoming)
+            self._host.prepare(upcoming)
 
-    def _decision(self, situation: Situation) -> Decision:
-        """Ask the policy, until what it wants is not refused by upstream's validation."""
-        decision = self._config.policy.decide(situation)
-        while decision.is_switch and decision.chosen not in situation.rejected:
-            refusal = self._refusal_of(decision.chosen)
-            if refusal is None:
-                return decision
-            self._knowledge.rejected[decision.chosen] = refusal
-            situation = replace(situation, rejected=self._knowledge.objections())
-            decision = self._config.policy.decide(situation)
-        if not decision.is_switch:
-            return decision
-        reason = f"stay: {decision.chosen} was refused before: {situation.rejected[decision.chosen]}"
-        return replace(decision, chosen=decision.current, reason=reason)
-
-    def _allowed(self, plan: Plan | None) -> Plan | None:
-        return None if plan is None or self._refusal_of(plan) else plan
-
-    def _situation(self) -> Situation:
-        known = self._knowledge
-        return Situation(
-            iteration=self._args.curr_iteration,
-            consumed_samples=self._args.consumed_train_samples,
-            train_samples=self._args.train_samples,
-            current=self._job.plan,
-            steps_since_switch=self._steps,
-            noise=known.noise.estimate(),
-            throughput=known.throughput,
-            switch_cost=known.switch_cost,
-            candidates=known.candidates,
-            rejected=known.objections(),
-        )
+    def _decision(self) -> list[Any]:
+        """The decision's event; the plan to switch to now, the one to be ready for, and the branch to make."""
+        known, args = self._known, self._args
+        situation = known.situation(args.curr_iteration, args.consumed_train_samples, args.train_samples)
+        decision, refused = decide(self._config.policy, situation, self._host.refusal_of)
+        noise = math.nan if situation.noise is None else situation.noise.value
+        fields = {
+            **decision.to_json(),
+            "refused": [[plan.to_json(), why] for plan, why in refused.items()],
+            "rate_noise_scale": noise if math.isfinite(noise) and noise > 0 else known.rate_noise_scale,
+            "c": known.critical_ratio.interval(situation.consumed_samples),
+        }
+        upcoming = decision.upcoming
+        ready = None if upcoming is None or self._host.refusal_of(upcoming) else upcoming
+        return [fields, decision.chosen if decision.is_switch else None, ready, decision.probe]
 
 
-def _known(noise: NoiseEstimate | None, otherwise: float) -> float:
-    """The noise scale where it is one that learning rates can be by."""
-    value = math.nan if noise is None else noise.value
-    return value if math.isfinite(value) and value > 0 else otherwise
-
-
-def _meter_of(job: Job, estimator: str) -> NoiseMeter:
+def _meter_of(job: Job, config: CopusConfig) -> NoiseMeter:
     """What measures the steps of ``job``; nothing where its plan does not let them be measured."""
-    if why_unmeasurable_in_a_run(StepShape.of(job.plan), estimator):
+    if why_unmeasurable_in_a_run(StepShape.of(job.plan), config.noise_estimator):
         return NoMeter()
-    return GradientMeter(partial(GradientNoise.of_job, job), estimator, job.args.optimizer, job.args.seq_length)
+    collector = partial(GradientNoise.of_job, job, inner_products=config.policy.needs_inner_products)
+    return GradientMeter(collector, config.noise_estimator, job.args.optimizer, job.args.seq_length)

@@ -7,7 +7,7 @@ import gc
 import math
 import os
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -15,22 +15,19 @@ from megatron.training import get_timers, training
 from megatron.training.global_vars import set_global_variables
 
 from copus_ext.adapters.agreement import largest
-from copus_ext.adapters.arguments import arguments_for, first_line, model_shape, run_options
+from copus_ext.adapters.arguments import arguments_for, first_line, model_shape
 from copus_ext.adapters.job import build_job
 from copus_ext.adapters.layouts import LayoutGroups
 from copus_ext.adapters.tokenizer import make_tokenizer
 from copus_ext.core.betas import beta_at_batch
-from copus_ext.core.candidates import infeasible_reason
+from copus_ext.core.candidates import Candidates, infeasible_reason
 from copus_ext.core.errors import UserError
-from copus_ext.core.grouping import why_avoided
-from copus_ext.core.hardware import Hardware
+from copus_ext.core.knowledge import Knowledge
 from copus_ext.core.learning_rate import ADASCALE, learning_rate_factor
-from copus_ext.core.memory_model import MemoryModel
-from copus_ext.core.noise_tracker import NoiseTracker
 from copus_ext.core.plan import Plan
 from copus_ext.core.plan_table import PlanTable
 from copus_ext.core.report import report_run
-from copus_ext.core.switch_cost import first_switch_cost
+from copus_ext.core.space import tensor_sizes
 from copus_ext.core.throughput import ThroughputModel
 from copus_ext.core.throughput_table import Subject
 from copus_ext.run import gpt
@@ -38,11 +35,14 @@ from copus_ext.run.config import ALWAYS, NEVER, TABLE_FLAG, CopusConfig
 from copus_ext.run.controller import Controller
 from copus_ext.run.data import Data
 from copus_ext.run.hardware import describe_hardware
-from copus_ext.run.knowledge import Knowledge, SavedState, load_state
+from copus_ext.run.knowledge import carried_on, first_knowledge, load_knowledge
+from copus_ext.run.probe import make_probe
 from copus_ext.run.progress import steps_beyond, steps_until
 from copus_ext.run.switch import NoMemory, Switcher, SwitchFailed, change_rates
 from copus_ext.run.telemetry import Telemetry, quiet
 from megatron.patches.training_hooks import observing
+
+Iterators = tuple[Any, Any, Any]
 
 _NOTICED_S = 0.01  # what is ready already takes less, and is no event
 _ROOMY = 0.5  # of a device's memory: a plan predicted to take no more is not rehearsed
@@ -67,12 +67,13 @@ class Driver:
             config: the checked ``--copus-*`` flags.
         """
         self.raw, self.config = raw, config
-        saved = None if raw.finetune else load_state(raw.load, raw.ckpt_step)  # fine-tuning begins a run of its own
+        saved = None if raw.finetune else load_knowledge(raw.load, raw.ckpt_step)  # fine-tuning begins its own run
         plan = saved.plan if saved else config.first_plan
         _check_ranks(plan, raw)
         self.layouts = LayoutGroups()  # before upstream makes any group
         self.switcher = Switcher(raw, self.layouts)
-        self._can_rehearse = True
+        self._can_rehearse, self._trained = True, False
+        self.in_branch: dict[str, Any] = {}  # what of the arguments is other while a branch is trained
         raw.padded_vocab_size = self._padded_vocabulary()
         self._check_schedule()
         # A checkpoint is found to fit only with the learning rates that it was made with, to the last bit.
@@ -86,13 +87,19 @@ class Driver:
         gc.freeze()
         self.job = build_job(plan, args, self.layouts.adopt(plan.layout))
         args.curr_iteration = args.iteration  # upstream sets it in its loop only
-        self.knowledge = self._first_knowledge(args, describe_hardware(raw), saved)
-        possible = (*self.knowledge.candidates, *config.named_plans, config.base)
+        known = self._first_knowledge(args, saved)
+        possible = (*known.candidates, *config.named_plans, config.base)
         self.data = Data(min(plan.global_batch for plan in possible))
         leads = args.rank == args.world_size - 1
-        self.telemetry = Telemetry(config.directory, leads, args.iteration or None)
-        if tight := self.knowledge.memory.objections([plan]).get(plan):
+        self.telemetry = Telemetry(config.directory, leads, args.iteration or None, known)
+        if tight := known.memory.objections(Candidates((plan,))).get(plan):
             self.telemetry.say(f"the first plan, {plan}, {tight}: it may run out of memory")
+
+    @property
+    def knowledge(self) -> Knowledge:
+        """What is known by now: it moves on with every event."""
+        assert self.telemetry.knowledge is not None
+        return self.telemetry.knowledge
 
     # -- set-up
 
@@ -108,16 +115,14 @@ class Driver:
     def _check_schedule(self) -> None:
         """Every plan that is scheduled must be one that the model and upstream allow, now and not when it is due."""
         for plan in self.config.named_plans:
-            if refusal := self._refusal_of(plan):
-                flag = "--copus-schedule" if self.config.schedule else "the flags"
+            if refusal := self.refusal_of(plan):
+                flag = "the flags" if plan == self.config.base else f"--copus-policy {self.config.settings.name}"
                 raise UserError(f"{flag}: plan {plan} cannot be: {refusal}")
 
     def _tensor_parallel_sizes(self) -> list[int]:
         if not self.config.policy.searches:
             return [plan.layout.tp for plan in self.config.named_plans]
-        heads, ranks = self.raw.num_attention_heads, self.config.base.layout.world_size
-        wanted = self.config.space.tp or range(1, heads + 1)
-        return [self.config.base.layout.tp, *(tp for tp in wanted if heads % tp == 0 and ranks % tp == 0)]
+        return tensor_sizes(self.config.space, self.config.base, self.raw.num_attention_heads)
 
     def _overrides(self, plan: Plan, noise_scale: float | None = None) -> dict[str, Any]:
         """Arguments that follow from the plan but are no part of it: learning rates and betas for its global batch.
@@ -137,35 +142,24 @@ class Driver:
         # Evaluation reads the same batches whatever the plan; a batch that every layout can share among its ranks.
         ranks = self.config.base.layout.world_size
         together = self.raw.eval_global_batch_size or math.ceil(base / ranks) * ranks
-        return {**scaled, **betas, "eval_global_batch_size": together}
+        return {**scaled, **betas, "eval_global_batch_size": together, **self.in_branch}
 
-    def _first_knowledge(self, args: argparse.Namespace, hardware: Hardware, saved: SavedState | None) -> Knowledge:
-        model = model_shape(args)
-        plans = self.config.space.plans(self.config.base, model) if self.config.policy.searches else []
-        base = self.config.base
-        avoided = {plan: why for plan in plans if (why := why_avoided(plan, base, self.config.noise_estimator))}
-        options = run_options(self.raw)
-        knowledge = Knowledge(
-            noise=NoiseTracker.start(self.config.noise_estimator, self.config.noise_half_life_tokens),
-            throughput=ThroughputModel(model, hardware, options=options),
-            memory=MemoryModel(model, hardware.memory_bytes, options),
-            switch_cost=first_switch_cost(model, hardware, args.world_size),
-            candidates=tuple(plans),
-            rejected=avoided,
-        )
-        if saved:
-            knowledge.restore(saved, hardware_is_named=self.raw.copus_hardware is not None)
-        self._seed(knowledge, args)
-        return knowledge
+    def _first_knowledge(self, args: argparse.Namespace, saved: Knowledge | None) -> Knowledge:
+        hardware = describe_hardware(self.raw)
+        known = first_knowledge(self.raw, args, self.config, self.job.plan, hardware)
+        if saved is not None:
+            known = carried_on(known, saved, hardware_is_named=self.raw.copus_hardware is not None)
+        return replace(known, throughput=self._seeded(known.throughput, args))
 
-    def _seed(self, knowledge: Knowledge, args: argparse.Namespace) -> None:
-        """Let step times of a table be known from the start. What a checkpoint knows of a plan counts for more."""
-        if table := self.config.throughput_table:
-            table.check(measured_subject(self.raw, args), f"{TABLE_FLAG} {self.raw.copus_throughput_table}")
-            known = {history.plan for history in knowledge.throughput.histories}
-            knowledge.throughput = table.seed(knowledge.throughput, known)
+    def _seeded(self, throughput: ThroughputModel, args: argparse.Namespace) -> ThroughputModel:
+        """With step times of a table known from the start. What a checkpoint knows of a plan counts for more."""
+        table = self.config.throughput_table
+        if table is None:
+            return throughput
+        table.check(measured_subject(self.raw, args), f"{TABLE_FLAG} {self.raw.copus_throughput_table}")
+        return table.seed(throughput, {history.plan for history in throughput.histories})
 
-    def _refusal_of(self, plan: Plan) -> str | None:
+    def refusal_of(self, plan: Plan) -> str | None:
         """Why a plan is refused by the model's sizes or by upstream's own validation; ``None`` where it is not."""
         try:
             with quiet():
@@ -178,7 +172,7 @@ class Driver:
 
     def run(self) -> None:
         """Train to the end of ``--train-samples``, evaluate, save, and report."""
-        self._log_start()
+        self.log_start()
         status = "failed"
         try:
             self._train()
@@ -191,42 +185,53 @@ class Driver:
             self.telemetry.close()
         self._report()
 
-    def _log_start(self) -> None:
-        args = self.job.args
+    def log_start(self) -> None:
+        """The first event of an attempt: all that deciding again from the log takes."""
+        args, known, config = self.job.args, self.knowledge, self.config
         self.telemetry.event(
             "run_start",
             world_size=args.world_size,
             plan=str(self.job.plan),
-            policy=self.config.policy_name,
+            base=config.base.to_json(),
+            policy=config.settings.name,
+            settings=config.settings.to_json(),
+            space=self.raw.copus_space,
+            searches=config.policy.searches,
             train_samples=args.train_samples,
             model=asdict(model_shape(args)),
-            hardware=asdict(self.knowledge.throughput.hardware),
-            candidates=[str(plan) for plan in self.knowledge.candidates],
-            directory=str(self.config.directory),
+            hardware=asdict(known.throughput.hardware),
+            candidates=[str(plan) for plan in known.candidates],
+            directory=str(config.directory),
+            knowledge=known.to_json(),
         )
 
     def _train(self) -> None:
-        iterators = self.data.iterators(len(self.job.model))
-        due = self.config.scheduled_at(self.job.args.consumed_train_samples)
+        iterators = self.iterators()
+        due = self.config.policy.plan_at(self.job.args.consumed_train_samples)
         if due not in (None, self.job.plan):  # a checkpoint was made just before a scheduled change
-            iterators = self._switch(due) or iterators
-        trained = False
+            iterators = self.switch(due) or iterators
         while steps_until(self.job.args, self.job.args.train_samples):
-            wanted = self._segment(iterators, continues_a_run=trained)
-            trained = True
-            if wanted is not None:
-                iterators = self._switch(wanted) or iterators
-        with observing(self._controller(continues_a_run=True)):
-            self._finish(iterators, save=trained)
+            ended = self.segment(iterators)
+            if ended.wanted is not None:
+                iterators = self.switch(ended.wanted) or iterators
+            elif ended.probe is not None:
+                iterators = make_probe(self, ended.probe)
+        with observing(self._controller(continues_a_run=True, deciding=False)):
+            self._finish(iterators, save=self._trained)
         if self.job.args.do_test:  # by itself: it is no validation loss, and the log has one kind of evaluation
             self._evaluate("test", iterators[2])
         training.maybe_finalize_async_save(blocking=True, terminate=True)
 
-    def _segment(self, iterators: tuple[Any, Any, Any], continues_a_run: bool, until: int | None = None) -> Plan | None:
+    def iterators(self) -> Iterators:
+        """What the job reads from here on: training, validation and test."""
+        with quiet():
+            return self.data.iterators(len(self.job.model))
+
+    def segment(self, iterators: Iterators, until: int | None = None, deciding: bool = True) -> Controller:
         """Train under the present plan until it should change, or ``until`` samples are consumed (default: to the end).
 
         Returns:
-            The plan to change to; ``None`` where it should not.
+            Who watched it, and knows what is wanted next.
         """
         job, args = self.job, self.job.args
         change = self.config.policy.next_change(args.consumed_train_samples)
@@ -234,11 +239,12 @@ class Driver:
         # A schedule's changes fall on whole steps, unless an earlier one was given up and other batches are in force.
         args.train_iters = args.iteration + (steps if change is None else min(steps, steps_beyond(args, change)))
         job.ready()
-        controller = self._controller(continues_a_run)
-        if continues_a_run:  # train() starts this timer and leaves it running
+        controller = self._controller(continues_a_run=self._trained, deciding=deciding)
+        if self._trained:  # train() starts this timer and leaves it running
             timer = get_timers()("interval-time")
             timer.stop()
             timer.reset()
+        self._trained = True
         with controller, observing(controller):
             args.iteration, args.num_floating_point_operations_so_far = training.train(
                 gpt.forward_step,
@@ -252,36 +258,29 @@ class Driver:
                 {},
                 None,
             )
-        return controller.wanted
+        return controller
 
-    def _switch(self, plan: Plan) -> tuple[Any, Any, Any] | None:
+    def switch(self, plan: Plan) -> Iterators | None:
         """Move to ``plan``; the iterators to read on with, or ``None`` where the job stays as it is after a fault."""
-        old = self.job.plan
+        old, parts = self.job.plan, plan.to_json()
         try:
             with quiet():
                 rehearsed = self._is_rehearsed(plan)
                 self.job, report = self.switcher.switch(self.job, plan, self._overrides(plan), rehearsed=rehearsed)
         except SwitchFailed as fault:
-            self.knowledge.rejected[plan] = str(fault)
-            if isinstance(fault, NoMemory):
-                self.knowledge.memory = self.knowledge.memory.ran_out(plan)
             kind = "memory" if isinstance(fault, NoMemory) else "switch"
-            self.telemetry.event("fault", kind=kind, message=str(fault), plan=str(plan))
+            self.telemetry.event("fault", kind=kind, message=str(fault), plan=str(plan), parts=parts)
             self.telemetry.say(f"{fault}; training goes on with {old}")
             return None
         start = time.perf_counter()
-        with quiet():
-            iterators = self.data.iterators(len(self.job.model))
+        iterators = self.iterators()
         report.seconds["data"] = time.perf_counter() - start
-        again_s = report.total_s - report.seconds.get("rehearse", 0.0)  # a plan is rehearsed once
-        self.knowledge.switch_cost = self.knowledge.switch_cost.observe(old, plan, again_s)
-        self.knowledge.noise = self.knowledge.noise.after_switch(old, plan)
         self.telemetry.switch(report)
         if report.not_rehearsed:
             self._can_rehearse = False  # and would not next time
-            self.telemetry.event("fault", kind="rehearse", message=report.not_rehearsed, plan=str(plan))
+            self.telemetry.event("fault", kind="rehearse", message=report.not_rehearsed, plan=str(plan), parts=parts)
         if report.rehearsed_bytes is not None:
-            expected = self.knowledge.learn_memory(plan, report.rehearsed_bytes)
+            expected = float(self.knowledge.memory.predict(PlanTable.of([plan]))[0])
             self.telemetry.memory(plan, report.rehearsed_bytes, expected)
         return iterators
 
@@ -299,7 +298,7 @@ class Driver:
         tight = bool(memory.predict(PlanTable.of([plan]))[0] > _ROOMY * memory.capacity)
         return bool(largest(int(tight)))  # ranks may be on unlike devices
 
-    def _prepare(self, plan: Plan) -> None:
+    def prepare(self, plan: Plan) -> None:
         """Have a switch to ``plan`` ready; where that fails, the switch itself has to do all of it."""
         start = time.perf_counter()
         try:
@@ -308,9 +307,9 @@ class Driver:
             if (seconds := time.perf_counter() - start) > _NOTICED_S:
                 self.telemetry.event("prepare", plan=str(plan), seconds=seconds)
         except SwitchFailed as fault:
-            self.telemetry.event("fault", kind="prepare", message=str(fault), plan=str(plan))
+            self.telemetry.event("fault", kind="prepare", message=str(fault), plan=str(plan), parts=plan.to_json())
 
-    def _follow_noise(self) -> None:
+    def follow_noise(self) -> None:
         """Let the learning rates be what they are by the noise scale as it is known now, where their rule asks it."""
         if self.config.lr_rule == ADASCALE:
             change_rates(self.job, self._overrides(self.job.plan))
@@ -331,17 +330,8 @@ class Driver:
             prefix, gpt.forward_step, iterator, job.model, iteration, None, job.config, verbose=False
         )
 
-    def _controller(self, continues_a_run: bool) -> Controller:
-        return Controller(
-            self.job,
-            self.config,
-            self.knowledge,
-            self.telemetry,
-            self._refusal_of,
-            self._prepare,
-            self._follow_noise,
-            continues_a_run,
-        )
+    def _controller(self, continues_a_run: bool, deciding: bool) -> Controller:
+        return Controller(self, continues_a_run=continues_a_run, deciding=deciding)
 
     def _report(self) -> None:
         if self.telemetry.leads:

@@ -1,88 +1,84 @@
-"""What a run has learned, kept beside its checkpoints so that a resumed run decides as one that never stopped."""
+"""What a run knows before its first step and beside its checkpoints, so that it decides on as if it never stopped."""
 
 from __future__ import annotations
 
+import argparse
 import json
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from copus_ext.adapters.arguments import model_shape, run_options
+from copus_ext.core.candidates import Candidates
 from copus_ext.core.files import write_whole
+from copus_ext.core.grouping import why_avoided
+from copus_ext.core.hardware import Hardware
+from copus_ext.core.knowledge import Knowledge
 from copus_ext.core.memory_model import MemoryModel
 from copus_ext.core.noise_tracker import NoiseTracker
-from copus_ext.core.plan import Plan, plan_from_json
-from copus_ext.core.plan_table import PlanTable
-from copus_ext.core.switch_cost import SwitchCost
+from copus_ext.core.plan import Plan
+from copus_ext.core.switch_cost import first_switch_cost
 from copus_ext.core.throughput import ThroughputModel
+from copus_ext.run.config import CopusConfig
 
 _FILE = "copus_state.json"
 
 
-@dataclass
-class Knowledge:
-    """The estimators as they stand, and the plans there are to choose from.
+def first_knowledge(
+    raw: argparse.Namespace, args: argparse.Namespace, config: CopusConfig, plan: Plan, hardware: Hardware
+) -> Knowledge:
+    """What is known before the first step of a run from scratch: closed forms, priors, and what may be chosen.
 
-    ``rate_noise_scale``: the noise scale, in sequences, that learning rates are by; the same on every rank, and ``inf``
-    until one is known.
+    Args:
+        raw: upstream's arguments before validation.
+        args: validated ones, of any plan.
+        config: the checked ``--copus-*`` flags.
+        plan: the first one.
+        hardware: what step times and memory are predicted for.
     """
-
-    noise: NoiseTracker
-    throughput: ThroughputModel
-    memory: MemoryModel
-    switch_cost: SwitchCost
-    candidates: tuple[Plan, ...]
-    rejected: dict[Plan, str] = field(default_factory=dict)
-    rate_noise_scale: float = math.inf
-
-    def learn_memory(self, plan: Plan, peak: float) -> float:
-        """Take in what ``plan`` was seen to take of the fullest rank's device; the bytes that were expected."""
-        expected = float(self.memory.predict(PlanTable.of([plan]))[0])
-        self.memory = self.memory.observe(plan, peak)
-        return expected
-
-    def objections(self) -> dict[Plan, str]:
-        """Which candidates can't be chosen now, and why: refused for good, or by what memory is thought to do."""
-        return self.memory.objections(self.candidates) | self.rejected
-
-    def save(self, checkpoints: str, iteration: int, plan: Plan) -> None:
-        """Write it beside the checkpoint of ``iteration``, whole or not at all."""
-        state = {
-            "plan": plan.to_json(),
-            "noise": self.noise.to_json(),
-            "throughput": self.throughput.to_json(),
-            "memory": self.memory.to_json(),
-            "switch_cost": self.switch_cost.to_json(),
-            "rate_noise_scale": self.rate_noise_scale if math.isfinite(self.rate_noise_scale) else None,
-        }
-        write_whole(Path(checkpoints) / f"iter_{iteration:07d}" / _FILE, json.dumps(state))
-
-    def restore(self, state: SavedState, hardware_is_named: bool = False) -> None:
-        """Go on from what a checkpoint knew; ``hardware_is_named``: but with the hardware that this run was told."""
-        self.noise = self.noise.carried_on(state.noise)
-        self.memory = self.memory.restored(state.memory)
-        hardware = self.throughput.hardware if hardware_is_named else state.throughput.hardware
-        self.throughput = replace(self.throughput, hardware=hardware, histories=state.throughput.histories)
-        self.switch_cost = state.switch_cost
-        self.rate_noise_scale = state.rate_noise_scale
+    model, options = model_shape(args), run_options(raw)
+    candidates = Candidates(())
+    if config.policy.searches:
+        candidates = config.space.plans(config.base, model).with_first(config.base)
+    avoided = {p: why for p in candidates if (why := why_avoided(p, config.base, config.noise_estimator))}
+    return Knowledge(
+        plan=plan,
+        candidates=candidates,
+        noise=NoiseTracker.start(config.noise_estimator, config.noise_half_life_tokens),
+        throughput=ThroughputModel(model, hardware, options=options),
+        memory=MemoryModel(model, hardware.memory_bytes, options),
+        switch_cost=first_switch_cost(model, hardware, args.world_size),
+        rejected=avoided,
+        can_probe=raw.eval_iters > 0,
+    )
 
 
-@dataclass(frozen=True)
-class SavedState:
-    """What stands beside a checkpoint."""
+def carried_on(first: Knowledge, saved: Knowledge, hardware_is_named: bool) -> Knowledge:
+    """What a resumed run knows: what stood beside its checkpoint, under the flags that it has now.
 
-    plan: Plan
-    noise: NoiseTracker
-    throughput: ThroughputModel
-    memory: dict[str, Any]
-    switch_cost: SwitchCost
-    rate_noise_scale: float
+    ``hardware_is_named``: predictions are for the hardware that this run was told, not for what the saved one was on.
+    """
+    hardware = (first if hardware_is_named else saved).throughput.hardware
+    return replace(
+        saved,
+        candidates=first.candidates,
+        noise=first.noise.carried_on(saved.noise),
+        throughput=replace(first.throughput, hardware=hardware, histories=saved.throughput.histories),
+        memory=replace(first.memory, peaks=saved.memory.peaks, exhausted=saved.memory.exhausted),
+        rejected={**saved.rejected, **first.rejected},
+        steps_since_switch=0,  # the first steps behind a start are as slow as those behind a switch
+        can_probe=first.can_probe and saved.can_probe,
+    )
 
 
-def load_state(checkpoints: str | None, iteration: int | None = None) -> SavedState | None:
-    """The state beside a checkpoint, the latest of the folder where no iteration is given.
+def save_knowledge(known: Knowledge, checkpoints: str, iteration: int) -> None:
+    """Write it beside the checkpoint of ``iteration``, whole or not at all."""
+    write_whole(Path(checkpoints) / f"iter_{iteration:07d}" / _FILE, json.dumps(known.to_json()))
 
-    ``None`` where there is no checkpoint, or it has no state.
+
+def load_knowledge(checkpoints: str | None, iteration: int | None = None) -> Knowledge | None:
+    """What stands beside a checkpoint, the latest of the folder where no iteration is given; without candidates.
+
+    ``None`` where there is no checkpoint, or nothing beside it.
     """
     tracker = Path(checkpoints or "") / "latest_checkpointed_iteration.txt"
     if not checkpoints or not tracker.exists():
@@ -92,15 +88,4 @@ def load_state(checkpoints: str | None, iteration: int | None = None) -> SavedSt
         return None
     iteration = int(latest) if iteration is None else iteration
     path = Path(checkpoints) / f"iter_{iteration:07d}" / _FILE
-    if not path.exists():
-        return None
-    state = json.loads(path.read_text())
-    rate_noise_scale = state.get("rate_noise_scale")  # older states have none
-    return SavedState(
-        plan=plan_from_json(state["plan"]),
-        noise=NoiseTracker.from_json(state["noise"]),
-        throughput=ThroughputModel.from_json(state["throughput"]),
-        memory=state["memory"],
-        switch_cost=SwitchCost.from_json(state["switch_cost"]),
-        rate_noise_scale=math.inf if rate_noise_scale is None else rate_noise_scale,
-    )
+    return Knowledge.from_json(json.loads(path.read_text()), Candidates(())) if path.exists() else None

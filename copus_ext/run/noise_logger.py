@@ -23,7 +23,7 @@ from copus_ext.core.grouping import StepShape, why_unmeasurable_in_a_run
 from copus_ext.core.noise_tracker import MeasuredStep, NoiseTracker
 from copus_ext.core.plan import Plan
 from copus_ext.run.config import half_life_tokens
-from copus_ext.run.knowledge import load_state
+from copus_ext.run.knowledge import load_knowledge
 from copus_ext.run.noise_meter import GradientMeter, NoiseMeter, NoMeter
 from copus_ext.run.telemetry import Telemetry
 from megatron.patches.training_hooks import Observer, StepResult, observing
@@ -160,5 +160,5 @@ def _carried_on(tracker: NoiseTracker, checkpoints: str, iteration: int) -> Nois
     path = _state_of(checkpoints, iteration)
     if path.exists():
         return tracker.carried_on(NoiseTracker.from_json(json.loads(path.read_text())))
-    state = load_state(checkpoints, iteration)
+    state = load_knowledge(checkpoints, iteration)
     return tracker.carried_on(state.noise) if state else tracker

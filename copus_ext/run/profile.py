@@ -28,7 +28,7 @@ from copus_ext.core.throughput_table import Row, ThroughputTable, append_row, re
 from copus_ext.run.config import CopusConfig
 from copus_ext.run.controller import Controller
 from copus_ext.run.driver import Driver, measured_subject
-from copus_ext.run.telemetry import Telemetry, quiet
+from copus_ext.run.telemetry import Telemetry
 from megatron.patches.training_hooks import StepResult
 
 _FLAG = "--profile-out"
@@ -130,17 +130,14 @@ def keep_to_profile(raw: argparse.Namespace) -> None:
 class _StepTimes(Controller):
     """Keeps what every step took, and decides nothing."""
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
+    def __init__(self, host: Driver, continues_a_run: bool) -> None:
+        super().__init__(host, continues_a_run=continues_a_run, deciding=False)
         self.taken: list[StepResult] = []
 
     def on_step(self, step: StepResult) -> None:
         """Learn from the step as in a run."""
         super().on_step(step)
         self.taken.append(step)
-
-    def _decision_is_due(self, iteration: int) -> bool:
-        return False
 
 
 class _Unheard(Telemetry):
@@ -164,12 +161,11 @@ class ProfiledRun(Driver):
         """
         self._settings, self._directory = settings, config.directory / "profile"
         self._watched: _StepTimes
-        self._trained = False
         self._new: list[Row] = []
         self._seconds = self._switching_s = 0.0
         super().__init__(raw, replace(config, directory=self._directory))
         self.telemetry.close()
-        self.telemetry = _Unheard(self._directory, self.telemetry.leads, None)
+        self.telemetry = _Unheard(self._directory, self.telemetry.leads, None, self.knowledge)
         self._subject = measured_subject(raw, self.job.args)
         self._read().check(self._subject, f"{_FLAG} {settings.path}")
         self._plans = settings.plans or self._plans_of_space()
@@ -226,21 +222,17 @@ class ProfiledRun(Driver):
 
     def _visit(self, plan: Plan, lap: int) -> Row:
         """Go to ``plan`` and measure it; where that fails, the row says why, and the job is as it was."""
-        if refusal := self._refusal_of(plan):
+        if refusal := self.refusal_of(plan):
             return Row(plan, lap, failure=refusal)
         args = self.job.args
         if args.train_samples - args.consumed_train_samples < self._settings.samples(plan):
             args.consumed_train_samples = _SECOND_SAMPLE
         before = time.perf_counter()
-        iterators = self._iterators() if plan == self.job.plan else self._switch(plan)
+        iterators = self.iterators() if plan == self.job.plan else self.switch(plan)
         self._switching_s += time.perf_counter() - before
         if iterators is None:
             return Row(plan, lap, failure=self.knowledge.rejected[plan])
         return self._measured(plan, lap, iterators)
-
-    def _iterators(self) -> Iterators:
-        with quiet():
-            return self.data.iterators(len(self.job.model))
 
     def _measured(self, plan: Plan, lap: int, iterators: Iterators) -> Row:
         """Steps under the plan in force. A step that finds no memory ends the job, and its row says so before."""
@@ -260,24 +252,14 @@ class ProfiledRun(Driver):
         for _ in range(_MOST_TRIES):
             args, missing = self.job.args, wanted - len(taken)
             until = args.consumed_train_samples + missing * args.global_batch_size
-            self._segment(iterators, continues_a_run=self._trained, until=until)
-            self._trained = True
+            self.segment(iterators, until=until)
             taken += [step for step in self._watched.taken if not step.skipped]
             if len(taken) == wanted:
                 break
         return [step.step_time_s for step in taken[self._settings.warmup :]]
 
-    def _controller(self, continues_a_run: bool) -> Controller:
-        self._watched = _StepTimes(
-            self.job,
-            self.config,
-            self.knowledge,
-            self.telemetry,
-            self._refusal_of,
-            self._prepare,
-            self._follow_noise,
-            continues_a_run,
-        )
+    def _controller(self, continues_a_run: bool, deciding: bool) -> Controller:
+        self._watched = _StepTimes(self, continues_a_run)
         return self._watched
 
     # -- telling

@@ -15,8 +15,9 @@ from megatron.training import get_args, get_tensorboard_writer
 from megatron.training.global_vars import get_wandb_writer
 
 from copus_ext.core.continuity import ContinuityVerdict
-from copus_ext.core.decision import Decision
-from copus_ext.core.events import EventLog, EventSink, NullEventLog
+from copus_ext.core.critical_ratio import CriticalRatio
+from copus_ext.core.events import EventLog, EventSink, NullEventLog, plain
+from copus_ext.core.knowledge import Knowledge, measured_step_json
 from copus_ext.core.noise_scale import NoiseEstimate
 from copus_ext.core.noise_tracker import MeasuredStep
 from copus_ext.core.plan import Plan
@@ -30,24 +31,35 @@ EVENTS_FILE = "events.jsonl"
 class Telemetry:
     """Turns what happens into events, curves and lines. On ranks that do not lead it writes nothing."""
 
-    def __init__(self, directory: Path, leads: bool, resumed_from: int | None) -> None:
-        self.leads = leads
+    def __init__(
+        self, directory: Path, leads: bool, resumed_from: int | None, knowledge: Knowledge | None = None
+    ) -> None:
+        """``knowledge``: of an adaptive run, which every event moves on, on all ranks."""
+        self.leads, self.knowledge = leads, knowledge
         self.path = directory / EVENTS_FILE
         self._last_loss: float | None = None
         self._log: EventSink = EventLog(self.path, time.monotonic, resumed_from) if leads else NullEventLog()
 
     def event(self, event: str, /, **fields: Any) -> None:
-        """One event at the run's present progress."""
+        """One event at the run's present progress; what it teaches is known from here on."""
         args = get_args()
-        self._log.write(event, args.curr_iteration, args.consumed_train_samples, **fields)
+        progress = args.curr_iteration, args.consumed_train_samples
+        self._log.write(event, *progress, **fields)
+        if self.knowledge is None:
+            return
+        before = self.knowledge.critical_ratio
+        happened = {"event": event, "iteration": progress[0], "consumed_samples": progress[1], **fields}
+        self.knowledge = self.knowledge.after(plain(happened))
+        if self.knowledge.critical_ratio is not before:
+            self._log.write("critical_ratio", *progress, **_learned(self.knowledge.critical_ratio, progress[1]))
 
     def say(self, text: str) -> None:
         """One line for whoever watches the run."""
         if self.leads:
             print(f" [copus] {text}", flush=True)
 
-    def step(self, result: StepResult, plan: Plan, seq_length: int) -> None:
-        """A step was taken under ``plan``."""
+    def step(self, result: StepResult, plan: Plan, seq_length: int, rate_share: float = 1.0) -> None:
+        """A step was taken under ``plan``; ``rate_share``: the scheduled learning rate as a share of its peak."""
         self._last_loss = result.loss
         self.event(
             "step",
@@ -56,6 +68,7 @@ class Telemetry:
             step_time_s=result.step_time_s,
             tokens=plan.global_batch * seq_length,
             learning_rate=result.learning_rate,
+            rate_share=rate_share,
             grad_norm=result.grad_norm,
             skipped=result.skipped,
         )
@@ -63,7 +76,7 @@ class Telemetry:
     def noise_scale(self, estimate: NoiseEstimate | None, estimator: str, steps: Sequence[MeasuredStep]) -> None:
         """The smoothed noise scale after a few more steps were measured, and what they gave one by one."""
         known = estimate or NoiseEstimate(*(math.nan,) * 5, n_eff=0.0)
-        measured = [[step.iteration, *step.estimate] for step in steps]
+        measured = [measured_step_json(step) for step in steps]
         self.event("noise_scale", **known._asdict(), estimator=estimator, steps=measured)
         self._scalars(
             {
@@ -77,7 +90,9 @@ class Telemetry:
 
     def memory(self, plan: Plan, peak_bytes: int, predicted_bytes: float) -> None:
         """What ``plan`` was seen to take of the fullest rank's device, and what was expected."""
-        self.event("memory", plan=str(plan), peak_bytes=peak_bytes, predicted_bytes=predicted_bytes)
+        self.event(
+            "memory", plan=str(plan), parts=plan.to_json(), peak_bytes=peak_bytes, predicted_bytes=predicted_bytes
+        )
 
     def switch_check(self, verdict: ContinuityVerdict, plan: Plan) -> None:
         """Whether N and S went on after a switch of the layout as before it."""
@@ -98,15 +113,16 @@ class Telemetry:
         if wandb is not None:
             wandb.log(values, args.curr_iteration)
 
-    def decision(self, decision: Decision, noise: NoiseEstimate | None) -> None:
-        """The policy decided, knowing ``noise`` of the noise scale."""
-        self.event("decision", **decision.to_json())
+    def decision(self, fields: dict[str, Any]) -> None:
+        """The policy decided: the fields of the event."""
+        noise = None if self.knowledge is None else self.knowledge.noise.estimate()
+        self.event("decision", **fields)
         args = get_args()
         loss = "" if self._last_loss is None else f"loss {self._last_loss:.4f} | "
         scale = "unknown" if noise is None else f"{noise.value:.3g} [{noise.low:.3g}, {noise.high:.3g}]"
         self.say(
             f"iteration {args.curr_iteration:5d} | samples {args.consumed_train_samples}/{args.train_samples} | "
-            f"{decision.current} | {loss}noise scale {scale} | {decision.reason}"
+            f"{fields['current']} | {loss}noise scale {scale} | {fields['reason']}"
         )
 
     def switch(self, report: SwitchReport) -> None:
@@ -114,6 +130,7 @@ class Telemetry:
         self.event(
             "switch",
             **{"from": str(report.old), "to": str(report.new)},
+            parts=report.new.to_json(),
             seconds=report.seconds,
             bytes_moved=report.bytes_moved,
             bytes_minimum=report.bytes_minimum,
@@ -131,6 +148,14 @@ class Telemetry:
     def close(self) -> None:
         """Nothing more will happen."""
         self._log.close()
+
+
+def _learned(ratio: CriticalRatio, consumed_samples: int) -> dict[str, Any]:
+    """What was seen of c last, and what is known of it now."""
+    seen = ratio.observations[-1]
+    c, low, high = ratio.interval(consumed_samples)
+    names = ("kind", "batch_from", "batch_to", "log_ratio", "log_sd")
+    return {**{name: getattr(seen, name) for name in names}, "c": c, "low": low, "high": high}
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ def over_seeds(flags: str, layouts: list[Layout], estimator: str, steps: int, se
         for collector in reversed(collectors):
             estimates += collector.flush()
             collector.detach()
-        found.append(np.array(estimates))
+        found.append(np.array([[estimate.N, estimate.S] for estimate in estimates]))
     return found
 
 
@@ -197,7 +197,7 @@ def cp_sums() -> Any:
     features = torch.arange(12.0).reshape(2, 2, 3)[rank // 2]  # [dp][slices, length]
     sums = FeatureSums(spans, groups)
     sums.add(features * (0.25 if rank % 2 else 0.75))
-    return sums.reduce().tolist()
+    return sums.reduce().squares.tolist()
 
 
 def test_parts_on_context_parallel_ranks_are_added_up_first() -> None:

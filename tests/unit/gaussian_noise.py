@@ -24,7 +24,7 @@ def draw_steps(batches: list[int], draws: int, seed: int = 0) -> np.ndarray:
     groups = MEAN + noise
     whole = np.einsum("j,djk->dk", sizes / sizes.sum(), groups)
     norms, whole_norms = (groups**2).sum(-1), (whole**2).sum(-1)
-    return np.array([step_estimate(norms[d], batches, whole_norms[d]) for d in range(draws)])
+    return np.array([step_estimate(norms[d], batches, whole_norms[d])[:2] for d in range(draws)])
 
 
 def autocorrelated(rng: np.random.Generator, shape: tuple[int, ...], memory: float) -> np.ndarray:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from copus_ext.core.candidates import Candidates
 from copus_ext.core.errors import UserError
 from copus_ext.core.files import write_whole
 from copus_ext.core.hardware import shared_cpu
+from copus_ext.core.knowledge import Knowledge
 from copus_ext.core.memory_model import MemoryModel
 from copus_ext.core.model_shape import ModelShape
 from copus_ext.core.noise_scale import StepEstimate
@@ -63,14 +65,14 @@ def test_a_plain_run_goes_on_with_the_noise_scale_that_its_checkpoint_knows(tmp_
 
 
 def test_a_plain_run_goes_on_with_what_a_copus_run_knew(tmp_path: Path) -> None:
-    from copus_ext.run.knowledge import Knowledge
+    from copus_ext.run.knowledge import save_knowledge
     from copus_ext.run.noise_logger import _carried_on
 
     model = ModelShape(layers=2, hidden=64, heads=8, kv_heads=8, ffn=256, vocab=128, seq=32)
     hardware = shared_cpu(2, 2, 1e9)
     saved = NoiseTracker.start("auto", 1e6).update(MeasuredStep(7, StepEstimate(2.0, 30.0), None, 256, 8, 1e-4))
     throughput, memory = ThroughputModel(model, hardware), MemoryModel(model, hardware.memory_bytes)
-    knowledge = Knowledge(saved, throughput, memory, first_switch_cost(model, hardware, 2), ())
-    knowledge.save(str(tmp_path), 7, Plan(Layout(dp=2), 1, 8))
+    cost, plan = first_switch_cost(model, hardware, 2), Plan(Layout(dp=2), 1, 8)
+    save_knowledge(Knowledge(plan, Candidates(()), saved, throughput, memory, cost), str(tmp_path), 7)
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     assert _carried_on(NoiseTracker.start("sketch", 1e6), str(tmp_path), 7) == saved

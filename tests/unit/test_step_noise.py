@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from copus_ext.core.noise_scale import step_estimate, step_variance
+from copus_ext.core.step_noise import inner_product_variance, step_estimate, step_variance
 from tests.unit.gaussian_noise import MEAN, TRUE_N, TRUE_S, VARIANCES, draw_steps
 
 DRAWS = 20_000
@@ -60,7 +60,7 @@ def test_scaling_the_loss_scales_both_squared() -> None:
     norms, batches, scale = np.array([1.0, 2.0, 4.0]), [1, 2, 3], 7.0
     one = step_estimate(norms, batches, 1.5)
     scaled = step_estimate(norms * scale**2, batches, 1.5 * scale**2)
-    assert scaled == pytest.approx((one.N * scale**2, one.S * scale**2), rel=1e-12)
+    assert scaled[:2] == pytest.approx((one.N * scale**2, one.S * scale**2), rel=1e-12)
 
 
 @pytest.mark.parametrize("batches", [[8], [8, 0], []])
@@ -72,6 +72,53 @@ def test_fewer_than_two_groups_are_refused(batches: list[int]) -> None:
 def test_a_square_norm_per_group_is_asked_for() -> None:
     with pytest.raises(ValueError, match="3 square norms for 2 groups"):
         step_estimate([1.0, 1.0, 1.0], [4, 4], 1.0)
+
+
+def dealt(rng: np.random.Generator, gradients: np.ndarray, groups: int) -> np.ndarray:
+    """[groups] inner products of groups' mean gradients with the whole mean, the rows dealt to them at random."""
+    means = rng.permutation(gradients).reshape(groups, -1, gradients.shape[1]).mean(axis=1)
+    return means @ gradients.mean(axis=0)
+
+
+def test_inner_products_of_single_sequences_have_their_sample_variance() -> None:
+    gradients = 0.5 + np.random.default_rng(3).standard_normal((32, 6))
+    single = gradients @ gradients.mean(axis=0)
+    assert inner_product_variance(single, 1.0) == pytest.approx(single.var(ddof=1), rel=1e-12)
+    assert single.mean() == pytest.approx((gradients.mean(axis=0) ** 2).sum())
+
+
+@pytest.mark.parametrize("groups", [2, 4, 16])
+def test_groups_have_it_on_average_over_the_ways_to_deal_sequences_to_them(groups: int) -> None:
+    rng = np.random.default_rng(4)
+    gradients = 0.5 + rng.standard_normal((32, 6))
+    truth = (gradients @ gradients.mean(axis=0)).var(ddof=1)
+    found = np.array([inner_product_variance(dealt(rng, gradients, groups), 32 / groups) for _ in range(4000)])
+    assert abs(found.mean() - truth) < 4 * found.std() / math.sqrt(len(found))
+
+
+@pytest.mark.parametrize("draws", [2, 4])
+def test_errors_of_independent_draws_leave_it_unbiased_where_those_of_one_add_to_it(draws: int) -> None:
+    rng, exact = np.random.default_rng(5), np.array([1.0, 4.0, 2.0, 3.0])
+    truth = inner_product_variance(exact, 8.0)
+    measured = exact + 2.0 * rng.standard_normal((4000, draws, 4))
+    several = np.array([inner_product_variance(one, 8.0) for one in measured])
+    assert abs(several.mean() - truth) < 4 * several.std() / math.sqrt(len(several))
+    alone = np.array([inner_product_variance(one[0], 8.0) for one in measured])
+    assert alone.mean() == pytest.approx(truth + 8.0 * 2.0**2, rel=0.05)
+    assert several.std() < alone.std()
+    assert inner_product_variance([exact] * draws, 8.0) == pytest.approx(truth, rel=1e-12)
+
+
+def test_an_inner_product_that_is_not_finite_makes_no_variance() -> None:
+    for bad in (math.nan, math.inf):
+        assert math.isnan(inner_product_variance([[1.0, 2.0], [bad, 2.0]], 4.0))
+    assert math.isnan(step_estimate([1.0, 2.0], [4, 4], 1.0).P), "not measured"
+
+
+@pytest.mark.parametrize(("products", "group_batch"), [([1.0], 8.0), ([[1.0], [2.0]], 8.0), ([1.0, 2.0], 0.0)])
+def test_a_variance_of_less_than_two_groups_is_refused(products: list[float], group_batch: float) -> None:
+    with pytest.raises(ValueError, match="at least two groups"):
+        inner_product_variance(products, group_batch)
 
 
 def turning_gradients(turn: float, steps: int, groups: int, batch: int) -> np.ndarray:
@@ -88,7 +135,7 @@ def within_steps(gradients: np.ndarray, batch: int) -> np.ndarray:
     groups = gradients.shape[1]
     norms, whole = (gradients**2).sum(-1), (gradients.mean(axis=1) ** 2).sum(-1)
     steps = zip(norms, whole, strict=True)
-    return np.array([step_estimate(q, [batch // groups] * groups, float(w)) for q, w in steps])
+    return np.array([step_estimate(q, [batch // groups] * groups, float(w))[:2] for q, w in steps])
 
 
 def between_steps(gradients: np.ndarray, batch: int) -> np.ndarray:

@@ -121,3 +121,37 @@ def test_gradients_that_did_not_go_on_after_a_switch_stand_out() -> None:
     text = format_summary(summarise([*run(), *checks]))
     assert "before and after: 2, 1 suspect" in text
     assert "step 60: +0.4 and -5.2 sigma" in text
+
+
+def learned(time_s: float, kind: str, c: tuple[float, float, float]) -> Event:
+    told = {"kind": kind, "batch_from": 4, "batch_to": 32, "log_ratio": -0.5, "log_sd": 0.1}
+    return event("critical_ratio", 10, time_s, **told, **dict(zip(("c", "low", "high"), c, strict=True)))
+
+
+def test_what_was_learned_of_c_is_told() -> None:
+    known = event("decision", 5, 5.0, chosen=SMALL, current=SMALL, reason="stay", c=[2.0, 0.34, 11.7])
+    free = [learned(11.0, "batch change", (2.5, 0.5, 11.0)), learned(12.0, "batch change", (2.25, 0.5, 11.0))]
+    branch = {"plan": LARGE, "batch_from": 4, "batch_to": 32, "log_sd": 0.1, "seconds": 0.25}
+    probes = [event("probe", 15, 20.0, **branch, log_ratio=ratio) for ratio in (None, -0.5)]
+    text = format_summary(summarise([known, *free, *probes, learned(20.0, "probe", (3.5, 1.5, 8.0)), *run()[-1:]]))
+    assert "  c           2 [0.34, 12] -> 3.5 [1.5, 8] by 2 batch changes, 1 probe\n" in text
+    assert "  probes      2 in 0.5 s, 2.0 % of the run; 1 said nothing\n" in text
+    assert max(len(line) for line in text.splitlines()) <= 100
+
+
+def test_a_run_that_learned_nothing_of_c_does_not_speak_of_it() -> None:
+    known = event("decision", 5, 5.0, chosen=SMALL, current=SMALL, reason="stay", c=[2.0, 0.34, 11.7])
+    lines = format_summary(summarise([*run(), known])).splitlines()
+    assert not [line for line in lines if line.startswith(("  c  ", "  probes"))]
+
+
+def test_policy_and_objective_are_those_of_the_settings() -> None:
+    settings = {"policy": "copus", "objective": "paper", "switch_rule": "threshold:0.10"}
+    start = event("run_start", 0, 0.0, world_size=4, policy="copus", settings=settings)
+    weighed = event("decision", 5, 5.0, chosen=SMALL, current=SMALL, reason="stay", gain=0.1)
+    text = format_summary(summarise([start, weighed]))
+    assert "policy copus\n  objective   paper, switch rule threshold:0.10" in text
+    ramp = start | {"policy": "cbs", "settings": settings | {"policy": "cbs:from=8"}}
+    text = format_summary(summarise([ramp, weighed | {"gain": None}]))
+    assert "policy cbs:from=8" in text
+    assert "objective" not in text

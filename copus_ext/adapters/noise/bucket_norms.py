@@ -19,7 +19,7 @@ from copus_ext.adapters.noise.exact_sums import ExactSums
 from copus_ext.adapters.noise.overrides import override
 from copus_ext.adapters.noise.parameters import IN_PARTS, WHOLE, Counted
 from copus_ext.adapters.noise.squares import square_norm
-from copus_ext.adapters.noise.sums import CLASSES
+from copus_ext.adapters.noise.sums import CLASSES, Reduced
 from copus_ext.adapters.noise.taps import before_reduction
 
 
@@ -70,7 +70,7 @@ class BucketNorms:
         dense, experts = self._squares
         self._sums.end(dense, experts, valid)
 
-    def reduce(self) -> torch.Tensor:
+    def reduce(self) -> Reduced:
         """Collective; as of :meth:`ExactSums.reduce`."""
         return self._sums.reduce()
 

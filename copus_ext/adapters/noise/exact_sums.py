@@ -12,7 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from copus_ext.adapters.noise.experts import ReducedExperts
 from copus_ext.adapters.noise.parameters import Kind
 from copus_ext.adapters.noise.parts import Parts
-from copus_ext.adapters.noise.sums import CLASSES
+from copus_ext.adapters.noise.sums import CLASSES, Reduced
 
 
 class ExactSums:
@@ -41,12 +41,9 @@ class ExactSums:
         result[1, 0], result[1, 1] = experts, self._reduced_experts.square
         self._steps.append(result if valid else result * float("nan"))
 
-    def reduce(self) -> torch.Tensor:
-        """Collective. [steps, 2 (dense, experts), 2]: square sum of the groups, and square of their sum.
-
-        The latter is left 0 for dense parameters: with the experts' it makes up upstream's own gradient norm.
-        """
+    def reduce(self) -> Reduced:
+        """Collective. The square of the dense sum is left 0: with that of the experts it makes up upstream's norm."""
         result = torch.stack(self._steps)
         self._steps.clear()
         dist.all_reduce(result)
-        return result
+        return Reduced(result)

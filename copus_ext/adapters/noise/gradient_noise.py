@@ -1,4 +1,4 @@
-"""N and S of every step of a Megatron-Core model: hooks that read gradients, and one small reduction every few steps.
+"""N, S, P of every step of a Megatron-Core model: hooks that read gradients, one small reduction every few steps.
 
 ::
 
@@ -25,6 +25,7 @@ from copus_ext.adapters.noise.overrides import override
 from copus_ext.adapters.noise.parameters import Counted, Kind, counted_parameters, holds_tied_embeddings
 from copus_ext.adapters.noise.sketch import Sketch
 from copus_ext.adapters.noise.square_norms import SquareNorms
+from copus_ext.adapters.noise.sums import Reduced
 from copus_ext.adapters.noise.taps import GradientTaps
 from copus_ext.core.grouping import (
     ADAM,
@@ -37,8 +38,9 @@ from copus_ext.core.grouping import (
     StepShape,
     grouping_of,
     why_unmeasurable,
+    with_inner_products,
 )
-from copus_ext.core.noise_scale import StepEstimate, step_estimate
+from copus_ext.core.step_noise import StepEstimate, inner_product_variance, step_estimate
 
 if TYPE_CHECKING:  # jobs know megatron.training, which a training loop of one's own does without
     from copus_ext.adapters.job import Job
@@ -68,8 +70,8 @@ class Collector(Protocol):
     def end(self, valid: bool) -> None:
         """The step has been taken: keep it; as not a number where ``valid`` is false."""
 
-    def reduce(self) -> torch.Tensor:
-        """Collective. [steps, 2 (dense, experts), 2]: square sum of the groups, and square of their sum."""
+    def reduce(self) -> Reduced:
+        """Collective. Of the steps kept since the last time."""
 
 
 class _Step(NamedTuple):
@@ -97,6 +99,7 @@ class GradientNoise:
         min_groups: int = MIN_GROUPS,
         first_step: int = 0,
         seed: int = 0,
+        inner_products: bool = False,
     ) -> None:
         """With ``estimator="adam"`` second moments are gathered by all ranks together when a step begins, every 16.
 
@@ -110,10 +113,12 @@ class GradientNoise:
             min_groups: cut accumulation windows into slices until a step has so many groups, if it can be.
             first_step: number of the next step. Sketches of a step depend on it and on ``seed`` alone.
             seed: of the sketches; the same on all ranks.
+            inner_products: measure P, too. Then ``auto`` is the sketch, and gradients are sketched more than once.
 
         Raises:
-            ValueError: such steps can't be measured, and why.
+            ValueError: such steps can't be measured, and why; or this estimator can't measure P.
         """
+        estimator = with_inner_products(estimator) if inner_products else estimator
         shape = StepShape(
             dp=groups.dp.size(),
             edp=groups.expt_dp.size(),
@@ -129,7 +134,7 @@ class GradientNoise:
         self.batch = shape.dp * micro_batch_size * num_microbatches
         self._model, self._optimizer, self._step = model, optimizer, first_step
         self._ranks = groups.dp_cp.size()  # that a gradient is averaged over
-        self.collector = self._make_collector(counted_parameters(model, groups), groups, shape, seed)
+        self.collector = self._make_collector(counted_parameters(model, groups), groups, shape, seed, inner_products)
         self._taps = GradientTaps(model, self.collector.params, self.collector, num_microbatches, _weakly(self._begin))
         self._steps: list[_Step] = []
         self._loss_scale = 1.0
@@ -190,10 +195,18 @@ class GradientNoise:
         """
         if not self._steps:
             return []
-        sums = self.collector.reduce().tolist()
-        estimates = [self._estimate(step, *its_sums) for step, its_sums in zip(self._steps, sums, strict=True)]
+        squares, products = self.collector.reduce()
+        estimates = [self._estimate(step, *sums) for step, sums in zip(self._steps, squares.tolist(), strict=True)]
+        if products is not None:
+            told = zip(self._steps, estimates, products.cpu().numpy(), strict=True)
+            estimates = [one._replace(P=self._variance(step, of_step)) for step, one, of_step in told]
         self._steps.clear()
         return estimates
+
+    def _variance(self, step: _Step, products: Any) -> float:
+        """P from [draws, groups] products of what the groups add to the mean gradient with that."""
+        groups = products.shape[1]
+        return inner_product_variance(float(step.scale) ** 2 * groups * products, self.batch / groups)
 
     def _estimate(self, step: _Step, dense: list[float], experts: list[float]) -> StepEstimate:
         """Dense parameters and experts have groups of their own; squares of both add up."""
@@ -211,7 +224,12 @@ class GradientNoise:
         return step_estimate([square_sum * groups] * groups, [self.batch / groups] * groups, mean_square)
 
     def _make_collector(
-        self, counted: Sequence[Counted], groups: ProcessGroupCollection, shape: StepShape, seed: int
+        self,
+        counted: Sequence[Counted],
+        groups: ProcessGroupCollection,
+        shape: StepShape,
+        seed: int,
+        inner_products: bool,
     ) -> Collector:
         kind, slices = self.grouping.estimator, self.grouping.slices
         if kind == DP_GROUPS:
@@ -219,10 +237,9 @@ class GradientNoise:
         counted = [one for one in counted if one.kind is not Kind.DUPLICATE]
         if kind == LAYERNORM:
             return NormLayers(self._model, counted, groups, shape.micro_batch * shape.num_microbatches)
-        if kind == SKETCH:
-            return Sketch(counted, groups, slices, seed)
-        if kind == ADAM:
-            return Sketch(counted, groups, slices, seed, AdamFactors(counted, self._optimizer, groups))
+        if kind in (SKETCH, ADAM):
+            factors = AdamFactors(counted, self._optimizer, groups) if kind == ADAM else None
+            return Sketch(counted, groups, slices, seed, factors, inner_products=inner_products)
         return SquareNorms(self._model, counted, groups, slices)
 
     def _begin(self) -> None:

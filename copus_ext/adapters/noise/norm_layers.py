@@ -17,7 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch.nn import functional
 
 from copus_ext.adapters.noise.parameters import Counted, Kind
-from copus_ext.adapters.noise.sums import FeatureSums, lay_out
+from copus_ext.adapters.noise.sums import FeatureSums, Reduced, lay_out
 
 
 class _Norm(NamedTuple):
@@ -79,8 +79,8 @@ class NormLayers:
         whole = all(count == len(self._features) for count in self._sequences.values())
         self._sums.add(self._features if valid and whole else self._features * float("nan"))
 
-    def reduce(self) -> torch.Tensor:
-        """Collective. [steps, 2 (dense, experts), 2]: square sum of the sequences, and square of their sum."""
+    def reduce(self) -> Reduced:
+        """Collective."""
         return self._sums.reduce()
 
     def _watch(self, norm: _Norm) -> Callable[..., None]:

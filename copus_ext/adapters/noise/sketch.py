@@ -10,6 +10,10 @@ The matrix is not the parameter's own. The gradient of a linear layer has low ra
 sum of like rows with random signs has hardly a degree of freedom, however long they are. So the same numbers are cut
 into rows of an odd width, each of which begins at another place of the layer's rows, and they are no longer alike
 (``tests/unit/test_sketch.py`` has the difference).
+
+A sketched inner product is unbiased as well, but the square of one is not: the signs add to it. Where inner products
+are asked for, every gradient is sketched by several independent draws of signs, so that different ones can be
+multiplied (:func:`copus_ext.core.step_noise.inner_product_variance`).
 """
 
 from __future__ import annotations
@@ -23,8 +27,9 @@ from typing import NamedTuple, Protocol
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from copus_ext.adapters.noise.inner_products import DRAWS, InnerProducts
 from copus_ext.adapters.noise.parameters import Counted, Kind
-from copus_ext.adapters.noise.sums import ORDER, FeatureSums, lay_out
+from copus_ext.adapters.noise.sums import ORDER, FeatureSums, Reduced, lay_out
 
 _KEPT = 6  # vectors of features there are at a time: slices, and steps waiting to be reduced
 _LEAST = 128  # numbers in a sketch, where its parameter has as many
@@ -53,8 +58,8 @@ class _Place(NamedTuple):
 
     gradient: _Cut
     factor: _Cut | None
-    signs: torch.Tensor
-    features: list[torch.Tensor]  # by slice
+    signs: torch.Tensor  # [draws, rows]
+    features: list[torch.Tensor]  # [draws, width] by slice
 
 
 class Sketch:
@@ -69,18 +74,21 @@ class Sketch:
         slices: int,
         seed: int = 0,
         preconditioner: Preconditioner | None = None,
+        *,
+        inner_products: bool = False,
     ) -> None:
         """``seed``: the same on all ranks."""
+        draws = DRAWS if inner_products else 1
         self.slices, self._seed, self._preconditioner = slices, seed, preconditioner
         self.params = [param for param, _ in counted]
         device = counted[0].param.main_grad.device
         shapes = [_cut(param.main_grad).rows.shape for param, _ in counted]
         places, spans = lay_out([kind for _, kind in counted], [shape[1] for shape in shapes])
-        self._features = torch.zeros(slices, sum(shape[1] for shape in shapes), device=device)
-        self._signs = {kind: torch.empty(_signs(counted, shapes, kind), device=device) for kind in ORDER}
+        self._features = torch.zeros(slices, draws, sum(shape[1] for shape in shapes), device=device)
+        self._signs = {kind: torch.empty(draws, _signs(counted, shapes, kind), device=device) for kind in ORDER}
         self._random = torch.Generator(device)
         self._places = list(self._views(counted, shapes, places))
-        self._sums = FeatureSums(spans, groups)
+        self._sums = InnerProducts(spans, groups) if inner_products else FeatureSums(spans, groups)
 
     def begin(self, step: int) -> None:
         """Draw the signs of a step: the same for the same step, whatever came before it."""
@@ -100,8 +108,8 @@ class Sketch:
         if place.factor is not None:
             rows, rest = rows * place.factor.rows, rest * place.factor.rest
         features = place.features[number]
-        torch.mv(rows.float().t(), place.signs, out=features)
-        features[: len(rest)] += rest  # its sign does not matter: the others' are random
+        torch.mm(place.signs, rows.float(), out=features)
+        features[:, : len(rest)] += rest  # its sign does not matter: the others' are random
 
     def attach(self) -> None:
         """No hooks of its own."""
@@ -112,10 +120,11 @@ class Sketch:
     def end(self, valid: bool) -> None:
         """Keep the step; as not a number where it is not ``valid``."""
         self._features[1:] -= self._features[:-1].clone()
-        self._sums.add(self._features if valid else self._features * float("nan"))
+        features = self._features.flatten(0, 1)
+        self._sums.add(features if valid else features * float("nan"))
 
-    def reduce(self) -> torch.Tensor:
-        """Collective. [steps, 2 (dense, experts), 2]: square sum of the groups, and square of their sum."""
+    def reduce(self) -> Reduced:
+        """Collective."""
         return self._sums.reduce()
 
     def _views(
@@ -124,10 +133,10 @@ class Sketch:
         before: Counter[Kind] = Counter()
         for index, (param, kind) in enumerate(counted):
             # Signs are shared, each parameter beginning one further on: no two see the same products of signs.
-            signs = self._signs[kind][before[kind] : before[kind] + shapes[index][0]]
+            signs = self._signs[kind][:, before[kind] : before[kind] + shapes[index][0]]
             before[kind] += 1
             factor = None if self._preconditioner is None else _cut(self._preconditioner.factors[index])
-            yield _Place(_cut(param.main_grad), factor, signs, [values[places[index]] for values in self._features])
+            yield _Place(_cut(param.main_grad), factor, signs, [values[:, places[index]] for values in self._features])
 
 
 def _signs(counted: Sequence[Counted], shapes: Sequence[torch.Size], kind: Kind) -> int:

@@ -11,6 +11,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from copus_ext.adapters.noise.exact_sums import ExactSums
 from copus_ext.adapters.noise.parameters import WHOLE, Counted, Kind
 from copus_ext.adapters.noise.squares import square_norm
+from copus_ext.adapters.noise.sums import Reduced
 
 
 class SquareNorms:
@@ -67,6 +68,6 @@ class SquareNorms:
         experts = squares[self._experts].sum()
         self._sums.end(squares.sum() - experts, experts, valid)
 
-    def reduce(self) -> torch.Tensor:
+    def reduce(self) -> Reduced:
         """Collective; as of :meth:`ExactSums.reduce`."""
         return self._sums.reduce()

@@ -102,17 +102,15 @@ def _batch_chart(steps: Sequence[Event], events: Sequence[Event], bands: tuple[B
     knows = bool(np.isfinite(critical).any())
     if knows:
         lines.append(Series("critical batch, 95 %", where, critical, _GREEN, least, most, outline=True))
-    span = _span(batch, np.concatenate([value, low, high]), critical)
+    span = _span(np.concatenate([batch, critical[np.isfinite(most)]]), np.concatenate([value, low, high]))
     title = "Global batch size, noise scale and critical batch" if knows else "Global batch size and noise scale"
     return Chart(title, "sequences", "sequences", tuple(lines), bands, log_y=True, y_range=span)
 
 
-def _span(batch: Array, *estimates: Array) -> tuple[float, float] | None:
-    """From the least to the most of all batches and nearly all estimates, with some air; None without any."""
-    ends = batch[np.isfinite(batch)].tolist()
-    for values in estimates:
-        seen = values[np.isfinite(values) & (values > 0)]
-        ends += np.quantile(seen, [0.02, 0.95]).tolist() if seen.size else []
+def _span(whole: Array, mostly: Array) -> tuple[float, float] | None:
+    """From the least to the most of all of one and nearly all of the other, with some air; None without any."""
+    seen = mostly[np.isfinite(mostly) & (mostly > 0)]
+    ends = [*whole[np.isfinite(whole)], *(np.quantile(seen, [0.02, 0.95]) if seen.size else ())]
     return (min(ends) / 1.4, max(ends) * 1.4) if ends else None
 
 

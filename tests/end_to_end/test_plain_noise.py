@@ -86,7 +86,7 @@ def test_every_step_is_measured_once_whatever_its_batch(logged: tuple[Path, str]
     directory, _ = logged
     events = read_events(directory / "events.jsonl")
     noise = [e for e in events if e["event"] == "noise_scale"]
-    assert [number for e in noise for number, _, _ in e["steps"]] == list(range(1, STEPS + 1))
+    assert [number for e in noise for number, *_ in e["steps"]] == list(range(1, STEPS + 1))
     assert {e["estimator"] for e in noise} == {"sketch"}
     # Every fourth step of a batch size, before a checkpoint (upstream writes one where the batch grows), at the end.
     assert [e["iteration"] for e in noise] == [4, 8, 9, 13, 14]

@@ -279,7 +279,8 @@ def log_learning_run(folder: Path) -> None:
                 numbers = {"gain": 0.13, "gain_low": -0.02, "gain_high": 0.24, "unlisted": 400}
                 plans = {"candidates": [{"plan": large}], "refused": [[refused.to_json(), "no <room>"]], "probe": probe}
                 chosen = large if iteration == 20 else plan
-                fields = {"chosen": chosen, "current": plan, "reason": "", "c": [2.0, 0.34, 11.7], **plans, **numbers}
+                known = [2.0, 0.34, 11.7] if iteration < 40 else [3.25, 1.5, 8.0]
+                fields = {"chosen": chosen, "current": plan, "reason": "", "c": known, **plans, **numbers}
                 log.write("decision", iteration, samples, **fields)
                 if iteration == 20:
                     log.write("switch", 20, 80, **{"from": small, "to": large}, seconds={"data": 0.25}, exact=True)

@@ -40,13 +40,13 @@ def _run(flags: argparse.Namespace) -> int:
     raw = start.parse()
     from copus_ext.adapters.arguments import plan_of
     from copus_ext.run.config import check_flags, config_from_args
-    from copus_ext.run.knowledge import load_state
+    from copus_ext.run.knowledge import load_knowledge
     from copus_ext.run.supported import check_supported
 
     check_supported(raw)
     check_flags(raw)
     config = config_from_args(raw, plan_of(raw))
-    saved = None if raw.finetune else load_state(raw.load, raw.ckpt_step)
+    saved = None if raw.finetune else load_knowledge(raw.load, raw.ckpt_step)
     settings = settings_from(flags, raw, saved.plan if saved else config.base)
     keep_to_branches(raw, settings.base)
     from copus_ext.run.branches import BranchedRun

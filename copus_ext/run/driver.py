@@ -116,8 +116,10 @@ class Driver:
         """Every plan that is scheduled must be one that the model and upstream allow, now and not when it is due."""
         for plan in self.config.named_plans:
             if refusal := self.refusal_of(plan):
-                flag = "the flags" if plan == self.config.base else f"--copus-policy {self.config.settings.name}"
-                raise UserError(f"{flag}: plan {plan} cannot be: {refusal}")
+                settings = self.config.settings
+                flag = f"--copus-policy {settings.name}" if settings.schedule is None else "--copus-schedule"
+                whose = "the flags" if plan == self.config.base else flag
+                raise UserError(f"{whose}: plan {plan} cannot be: {refusal}")
 
     def _tensor_parallel_sizes(self) -> list[int]:
         if not self.config.policy.searches:

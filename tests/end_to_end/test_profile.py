@@ -86,14 +86,14 @@ def without_memory(words: list[str]) -> Outcome:
 
     from copus_ext.run.profile import ProfiledRun
 
-    segment = ProfiledRun._segment
+    segment = ProfiledRun.segment
 
     def limited(run: Any, *args: Any, **kwargs: Any) -> Any:
         if run.job.plan.micro_batch > 1 and run.job.args.rank == 0:
             raise torch.OutOfMemoryError("out of memory: tried to allocate 2 GiB")
         return segment(run, *args, **kwargs)
 
-    with mock.patch.object(ProfiledRun, "_segment", limited):
+    with mock.patch.object(ProfiledRun, "segment", limited):
         return profile(words)
 
 

@@ -13,7 +13,7 @@ from copus_ext.core.decision import Decision
 from copus_ext.core.events import Event, plain
 from copus_ext.core.knowledge import Knowledge
 from copus_ext.core.model_shape import ModelShape
-from copus_ext.core.plan import Plan, plan_from_json
+from copus_ext.core.plan import plan_from_json
 from copus_ext.core.policies.base import Policy, PolicySettings
 from copus_ext.core.policy import make_policy
 from copus_ext.core.space import parse_space
@@ -34,29 +34,15 @@ class Replayed:
         return tuple(name for name, value in again.items() if value != self.recorded.get(name))
 
 
-@dataclass(frozen=True)
-class _Attempt:
-    """What a ``run_start`` says of the run that follows."""
-
-    base: Plan
-    settings: PolicySettings
-    train_samples: int
-    candidates: Candidates
-    knowledge: Knowledge
-
-    @staticmethod
-    def of(start: Event) -> _Attempt:
-        base = plan_from_json(start["base"])
-        candidates = Candidates(())
-        if start["searches"]:
-            candidates = parse_space(start["space"]).plans(base, ModelShape(**start["model"])).with_first(base)
-        return _Attempt(
-            base=base,
-            settings=PolicySettings.from_json(start["settings"]),
-            train_samples=start["train_samples"],
-            candidates=candidates,
-            knowledge=Knowledge.from_json(start["knowledge"], candidates),
-        )
+def _start(start: Event, changes: dict[str, Any], space: str | None) -> tuple[Policy, Knowledge]:
+    """The policy of an attempt, and what was known when it began."""
+    base = plan_from_json(start["base"])
+    policy = make_policy(replace(PolicySettings.from_json(start["settings"]), **changes), base)
+    candidates = Candidates(())
+    if policy.searches:
+        asked = parse_space(start["space"] if space is None else space).opened(policy.opens)
+        candidates = asked.plans(base, ModelShape(**start["model"])).with_first(base)
+    return policy, Knowledge.from_json(start["knowledge"], candidates)
 
 
 def replay(
@@ -81,15 +67,13 @@ def replay(
         if event["event"] == "run_start":
             if "knowledge" not in event:
                 raise ValueError("this run was recorded without what it knew; it can't be replayed")
-            recorded = event if space is None else {**event, "space": space, "searches": True}
-            attempt = _Attempt.of(recorded)
-            policy = make_policy(replace(attempt.settings, **(changes or {})), attempt.base)
-            known = attempt.knowledge
+            policy, known = _start(event, changes or {}, space)
+            train_samples = event["train_samples"]
             continue
         if policy is None:
             raise ValueError("the events do not begin with a run_start")
         if event["event"] == "decision":
-            situation = known.situation(event["iteration"], event["consumed_samples"], attempt.train_samples)
+            situation = known.situation(event["iteration"], event["consumed_samples"], train_samples)
             refused = {plan_from_json(plan): why for plan, why in event["refused"]}
             decision, _ = decide(policy, situation, refused.get)
             yield Replayed(event, decision)

@@ -46,6 +46,11 @@ class Space:
     zero1: tuple[bool, ...] | None = GIVEN
     sp: tuple[bool, ...] | None = GIVEN
 
+    def opened(self, names: tuple[str, ...]) -> Space:
+        """With these dimensions open, where nothing is said of them."""
+        unnamed: dict[str, Any] = {name: ANY for name in names if getattr(self, name) == GIVEN}
+        return replace(self, **unnamed)
+
     def batch_bounds(self, base: Plan) -> tuple[int, int]:
         """Lowest and highest global batch."""
         if self.batches:

@@ -213,7 +213,7 @@ def config_from_args(args: argparse.Namespace, base: Plan) -> CopusConfig:
         settings=settings,
         policy=policy,
         base=base,
-        space=parse_space(args.copus_space),
+        space=parse_space(args.copus_space).opened(policy.opens),
         directory=Path(args.copus_dir),
         interval=args.copus_interval,
         lr_rule=args.copus_lr_rule,

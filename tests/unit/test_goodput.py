@@ -42,6 +42,17 @@ def test_relative_to_a_first_batch_it_is_the_efficiency_of_pollux(first_batch: f
     np.testing.assert_allclose(ours, pollux, rtol=1e-14)
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0, 3.5, 64.0])
+def test_it_is_adaptdls_efficiency_in_its_own_terms(scale: float) -> None:
+    """As adaptdl.goodput.GoodputFunction writes it: gain over scale, with the variance of a first batch's gradient."""
+    first_batch, square, trace = 32.0, 0.7, 90.0
+    variance = trace / first_batch
+    adaptdl = (variance + square) / (variance / scale + square) / scale
+    critical = critical_batch(trace / square, 1.0)
+    ours = statistical_efficiency(scale * first_batch, critical) / statistical_efficiency(first_batch, critical)
+    assert ours == pytest.approx(adaptdl, rel=1e-14)
+
+
 @pytest.mark.parametrize(("t0", "t1", "critical"), LINES)
 def test_the_best_batch_of_a_linear_step_time(t0: float, t1: float, critical: float) -> None:
     batches = np.geomspace(1e-2, 1e5, 200_001)

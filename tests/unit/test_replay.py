@@ -126,3 +126,13 @@ def test_under_a_stationary_noise_scale_plans_are_not_changed_back_and_forth(noi
     late = [iteration for iteration, _ in plans_of(events) if iteration > 300]
     assert steps > 700
     assert len(late) <= max(1, steps / 1000)
+
+
+def test_a_policy_may_open_dimensions_that_the_flag_does_not_name() -> None:
+    """Mist chooses recompute and ZeRO-1; a run that was static is replayed under it."""
+    again = list(replay(recorded("static"), {"policy": "layout-only"}, space="tp=1 pp=1 gbs=16"))
+    plans = {score.plan.layout for each in again for score in each.decision.candidates}
+    assert {layout.recompute for layout in plans} == {"none", "selective", "full"}
+    assert {layout.distributed_optimizer for layout in plans} == {True, False}
+    named = list(replay(recorded("static"), {"policy": "layout-only"}, space="tp=1 pp=1 gbs=16 zero1=off"))
+    assert not any(s.plan.layout.distributed_optimizer for each in named for s in each.decision.candidates)

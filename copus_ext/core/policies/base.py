@@ -16,11 +16,13 @@ FLAG = "--copus-policy"
 class Policy:
     """Chooses plans. A pure function of what it is shown: the same situation gives the same decision.
 
-    ``searches``: it chooses among the candidates of ``--copus-space``; else there need be none.
+    ``searches``: it chooses among the candidates of ``--copus-space``; else there need be none. ``opens``: dimensions
+    of that space that are open where the flag does not name them, and not as the flags of the run say.
     ``needs_inner_products``: the statistic of the inner product test is to be measured with the noise scale.
     """
 
     searches: bool = False
+    opens: tuple[str, ...] = ()
     needs_inner_products: bool = False
 
     def named_plans(self, base: Plan) -> tuple[Plan, ...]:

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from copus_ext.core.errors import UserError
-from copus_ext.core.events import read_events
-from copus_ext.core.policies.base import PolicySettings
-from copus_ext.core.policy import POLICIES
-from copus_ext.core.replay import Replayed, replay
+if TYPE_CHECKING:
+    from copus_ext.core.replay import Replayed
 
 BAD_INPUT = 2
 _SETTINGS = ("policy", "schedule", "objective", "switch_rule", "dwell_steps", "max_growth", "lr_rule", "probe_budget")
@@ -30,16 +28,30 @@ _SETTINGS = ("policy", "schedule", "objective", "switch_rule", "dwell_steps", "m
 
 def main() -> int:
     """Print the decisions; 0, or 1 where one was not reproduced, or 2 for bad input."""
+    # As torchrun has it for the ranks: how sums of products are cut among threads decides about their last bits.
+    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
+    from copus_ext.core.errors import UserError
+
     flags = _parser().parse_args()
-    changes = {name: value for name in _SETTINGS if (value := getattr(flags, name)) is not None}
-    log = flags.run_dir / "events.jsonl"
     try:
-        if not log.exists():
-            raise UserError(f"there is no {log}; give the --copus-dir of a run")
-        found = list(replay(read_events(log), changes, flags.space))
+        return _replay(flags)
     except (UserError, ValueError) as error:
         print(f"replay.py: {error}", file=sys.stderr)
-        return BAD_INPUT
+    except (KeyError, TypeError) as error:
+        print(f"replay.py: the log is of another version, or of no adaptive run: {error!r}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _replay(flags: argparse.Namespace) -> int:
+    from copus_ext.core.errors import UserError
+    from copus_ext.core.events import read_events
+    from copus_ext.core.replay import replay
+
+    changes = {name: value for name in _SETTINGS if (value := getattr(flags, name)) is not None}
+    log = flags.run_dir / "events.jsonl"
+    if not log.exists():
+        raise UserError(f"there is no {log}; give the --copus-dir of a run")
+    found = list(replay(read_events(log), changes, flags.space))
     changed = bool(changes) or flags.space is not None
     _print(found, changed, flags.all)
     if flags.json:
@@ -48,6 +60,9 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from copus_ext.core.policies.base import PolicySettings
+    from copus_ext.core.policy import POLICIES
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, help="what --copus-dir was")
     parser.add_argument("--all", action="store_true", help="print every decision, not only those that differ")

@@ -45,8 +45,9 @@ def step_of(plan: Plan) -> int:
 def at_batch(situation: Situation, batch: int) -> Plan | None:
     """The present layout at this global batch, in the micro-batch that is predicted fastest; of equals, the larger.
 
-    Micro-batches are the present one and those that candidates have in this layout at this batch or a smaller one: a
-    larger batch takes no more memory, and its noise scale is measured in no fewer groups.
+    Micro-batches are the present one and those that candidates have in this layout at this batch or a smaller one, if
+    the largest of these was not rejected: what takes too much memory there takes no less beyond, and what has groups
+    enough for the noise scale has no fewer.
 
     Returns:
         The plan in force where it has this batch. None where no micro-batch divides the batch, or all plans that there
@@ -56,7 +57,9 @@ def at_batch(situation: Situation, batch: int) -> Plan | None:
     if batch == here.global_batch:
         return here
     known = [plan for plan in situation.candidates if plan.layout == here.layout and plan.global_batch <= batch]
-    micro_batches = {plan.micro_batch for plan in known} | {here.micro_batch}
+    nearest = {plan.micro_batch: plan for plan in sorted(known, key=lambda plan: plan.global_batch)}
+    allowed = {micro for micro, plan in nearest.items() if plan == here or plan not in situation.rejected}
+    micro_batches = allowed | ({here.micro_batch} - nearest.keys())
     return fastest(situation, _plans_of(here, batch, sorted(micro_batches, reverse=True)))
 
 

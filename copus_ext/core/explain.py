@@ -39,7 +39,7 @@ def explain_trial(outlook: Outlook, trial: int) -> str:
 def _gain(outlook: Outlook, row: int) -> str:
     """Median and quartiles."""
     low, high = (100 * float(values[row]) for values in (outlook.gain_low, outlook.gain_high))
-    return f"{percent(float(outlook.gain[row]))} ({low:.1f} to {high:.1f})"
+    return f"{percent(float(outlook.gain[row]))} (quartiles {low:.1f} to {high:.1f})"
 
 
 def _caveat(outlook: Outlook) -> str:

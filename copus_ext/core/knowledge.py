@@ -16,6 +16,7 @@ from copus_ext.core.critical_batch import Interval
 from copus_ext.core.critical_ratio import CriticalRatio, EfficiencyRatio, from_slopes
 from copus_ext.core.decision import Situation
 from copus_ext.core.events import Event
+from copus_ext.core.grouping import why_avoided
 from copus_ext.core.loss_trend import LossTrend
 from copus_ext.core.memory_model import MemoryModel
 from copus_ext.core.noise_tracker import MeasuredStep, NoiseTracker
@@ -53,7 +54,8 @@ class Knowledge:
     Attributes:
         plan: in force.
         candidates: the plans to choose from.
-        rejected: plans that cannot be chosen, with the reason; those that memory speaks against come on top.
+        avoided: candidates that the run keeps away from, with the reason (:func:`plans_avoided`).
+        rejected: plans that upstream refused or a switch to which failed; what memory speaks against comes on top.
         rate_noise_scale: in sequences, what learning rates are by that follow it; ``inf`` until one is known.
         rate_share: the scheduled learning rate as a share of its peak, 1 until the warm-up is over.
         elapsed_s: seconds of steps.
@@ -70,6 +72,7 @@ class Knowledge:
     critical_ratio: CriticalRatio = field(default_factory=CriticalRatio)
     trend: LossTrend = field(default_factory=LossTrend)
     recent: Recent = field(default_factory=Recent)
+    avoided: Mapping[Plan, str] = field(default_factory=dict)
     rejected: Mapping[Plan, str] = field(default_factory=dict)
     rate_noise_scale: float = math.inf
     rate_share: float = 1.0
@@ -86,7 +89,7 @@ class Knowledge:
 
     def objections(self) -> dict[Plan, str]:
         """Which candidates can't be chosen now, and why: refused for good, or by what memory is thought to do."""
-        return {**self.memory.objections(self.candidates), **self.rejected}
+        return {**self.memory.objections(self.candidates), **self.avoided, **self.rejected}
 
     def situation(self, iteration: int, consumed_samples: int, train_samples: int) -> Situation:
         """What a policy is shown."""
@@ -115,7 +118,7 @@ class Knowledge:
         return replace(self, rejected={**self.rejected, plan: why})
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values without infinities; all but the candidates, which follow from the flags."""
+        """Plain values without infinities; all but candidates and those avoided, which follow from the flags."""
         return {
             "plan": self.plan.to_json(),
             "noise": self.noise.to_json(),
@@ -131,12 +134,14 @@ class Knowledge:
         }
 
     @staticmethod
-    def from_json(values: Mapping[str, Any], candidates: Candidates) -> Knowledge:
-        """Inverse of :meth:`to_json`, to the last bit."""
+    def from_json(
+        values: Mapping[str, Any], candidates: Candidates, avoided: Mapping[Plan, str] | None = None
+    ) -> Knowledge:
+        """Inverse of :meth:`to_json`, to the last bit. What an earlier version saved has less; the rest starts anew."""
         throughput = ThroughputModel.from_json(values["throughput"])
-        hardware = throughput.hardware
-        memory = MemoryModel(throughput.model, hardware.memory_bytes, throughput.options).restored(values["memory"])
-        recent, scale = values["recent"], values["rate_noise_scale"]
+        capacity = values["memory"].get("capacity", throughput.hardware.memory_bytes)
+        memory = MemoryModel(throughput.model, capacity, throughput.options).restored(values["memory"])
+        recent, scale = values.get("recent"), values.get("rate_noise_scale")
         return Knowledge(
             plan=plan_from_json(values["plan"]),
             candidates=candidates,
@@ -144,12 +149,13 @@ class Knowledge:
             throughput=throughput,
             memory=memory,
             switch_cost=SwitchCost.from_json(values["switch_cost"]),
-            critical_ratio=CriticalRatio.from_json(values["critical_ratio"]),
-            trend=LossTrend.from_json(values["trend"]),
+            critical_ratio=CriticalRatio.from_json(values.get("critical_ratio", {"observations": ()})),
+            trend=LossTrend.from_json(values["trend"]) if "trend" in values else LossTrend(),
             recent=Recent() if recent is None else Recent(recent[0], _three(recent[1:])),
-            rejected={plan_from_json(plan): why for plan, why in values["rejected"]},
+            avoided=avoided or {},
+            rejected={plan_from_json(plan): why for plan, why in values.get("rejected", ())},
             rate_noise_scale=math.inf if scale is None else float(scale),
-            **{name: values[name] for name in _PLAIN},
+            **{name: values[name] for name in _PLAIN if name in values},
         )
 
 
@@ -159,6 +165,11 @@ _PLAIN = ("rate_share", "steps_since_switch", "decisions", "elapsed_s", "probed_
 def _number(value: float | None) -> float:
     """Of the log, where what is not finite is null."""
     return math.nan if value is None else float(value)
+
+
+def plans_avoided(candidates: Candidates, base: Plan, estimator: str) -> dict[Plan, str]:
+    """Candidates under which too little would be learned of the noise scale, each with the reason."""
+    return {plan: why for plan in candidates if (why := why_avoided(plan, base, estimator))}
 
 
 def _three(values: list[float | None]) -> tuple[float, float, float]:

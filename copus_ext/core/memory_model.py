@@ -84,11 +84,12 @@ class MemoryModel:
     def to_json(self) -> dict[str, Any]:
         """What was learned, as plain values."""
         return {
+            "capacity": self.capacity,
             "peaks": [[plan.to_json(), peak] for plan, peak in self.peaks],
             "exhausted": [plan.to_json() for plan in self.exhausted],
         }
 
     def restored(self, values: dict[str, Any]) -> MemoryModel:
-        """With what an earlier attempt had learned, as :meth:`to_json` gave it."""
+        """With what an earlier attempt had learned, as :meth:`to_json` gave it; the capacity stays this one's."""
         peaks = tuple((plan_from_json(plan), float(peak)) for plan, peak in values["peaks"])
         return replace(self, peaks=peaks, exhausted=tuple(plan_from_json(plan) for plan in values["exhausted"]))

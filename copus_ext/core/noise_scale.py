@@ -150,12 +150,14 @@ class NoiseScaleEstimator:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> NoiseScaleEstimator:
-        """Inverse of :meth:`to_json`. What was saved before there was a temperature has none."""
+        """Inverse of :meth:`to_json`, also where JSON has null for an infinite half-life."""
         levels = tuple(
             BlockLevel(**{**level, "block": tuple(level["block"]), "moments": tuple(level["moments"])})
             for level in values["levels"]
         )
-        return NoiseScaleEstimator(**{**values, "total": tuple(values["total"]), "levels": levels})
+        half_life = values["half_life_tokens"]
+        known = {**values, "half_life_tokens": math.inf if half_life is None else half_life}
+        return NoiseScaleEstimator(**{**known, "total": tuple(values["total"]), "levels": levels})
 
 
 def _is_known(temperature: float | None) -> TypeGuard[float]:

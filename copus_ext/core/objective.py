@@ -37,4 +37,6 @@ def parse_objective(text: str, lr_rule: str) -> Objective:
     """
     if text not in (GOODPUT, PAPER):
         raise UserError(f"{_FLAG} {text}: choose from {GOODPUT}, {PAPER}")
+    if lr_rule not in _EXPONENTS:
+        raise UserError(f"--copus-lr-rule {lr_rule}: there is no such rule; choose one of {', '.join(_EXPONENTS)}")
     return Objective(_EXPONENTS[lr_rule]) if text == PAPER else Objective()

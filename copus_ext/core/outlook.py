@@ -36,8 +36,7 @@ class Outlook:
     allowed: Mask  # [n] may be chosen as far as batches and refusals go
     refused: Mask  # [n] cannot run
     throughput: Array  # [n] sequences per second
-    log_ratio: Array  # [n] median ln(throughput / current throughput)
-    log_sd: Array  # [n] its standard deviation
+    log_worth: Array  # [n] median ln(throughput / current throughput), and what the objective adds
     gain: Array  # [n] median
     gain_low: Array  # [n] lower quartile
     gain_high: Array  # [n] upper quartile
@@ -107,8 +106,7 @@ def look(situation: Situation, objective: Objective, rule: SwitchRule, limits: L
         allowed=allowed,
         refused=refused,
         throughput=throughput,
-        log_ratio=worth,
-        log_sd=log_sd,
+        log_worth=worth,
         gain=gain,
         gain_low=gain_low,
         gain_high=gain_high,

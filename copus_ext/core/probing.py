@@ -38,9 +38,9 @@ class ProbePlan:
 def worthwhile_probe(outlook: Outlook, situation: Situation, budget: float) -> ProbePlan | None:
     """A branch that measures c, where a run that stays for now hangs on c so much that it pays, within the budget.
 
-    With c known, the best plan for that c would be chosen. What that is expected to win over staying, c being as likely
-    to have each of its quantiles, is the value of perfect information (Raiffa and Schlaifer 1961); a probe has to cost
-    less than half of it.
+    With c known, the best plan for that c would be chosen, and without the one that is best on average over c. What the
+    first is expected to win over the second, c being as likely to have each of its quantiles, is the value of perfect
+    information (Raiffa and Schlaifer 1961); a probe has to cost less than half of it.
 
     Args:
         outlook: what is known of the candidates.
@@ -50,10 +50,10 @@ def worthwhile_probe(outlook: Outlook, situation: Situation, budget: float) -> P
     if budget <= 0 or not situation.can_probe or outlook.critical_batches is None or not outlook.batch_may_shrink:
         return None
     wins = _wins_by_c(outlook, situation)
-    value_s = float(np.maximum(wins.max(axis=0), 0.0).mean())
-    hoped = np.maximum(wins, 0.0).mean(axis=1)
+    known, unknown = np.maximum(wins.max(axis=0), 0.0).mean(), max(0.0, wins.mean(axis=1).max())
+    value_s, hoped = float(known - unknown), np.maximum(wins, 0.0).mean(axis=1)
     batches = outlook.plans.table.global_batch
-    rows = _same_layout(outlook) & (batches != outlook.current.global_batch)
+    rows = _same_layout(outlook) & (batches != outlook.current.global_batch) & (hoped > 0)
     if not rows.any() or not value_s > 0:
         return None
     batch = batches[int(np.argmax(np.where(rows, hoped, -np.inf)))]
@@ -70,7 +70,7 @@ def _wins_by_c(outlook: Outlook, situation: Situation) -> Array:
     log_c = situation.critical_ratio.quantiles(QUANTILES, situation.consumed_samples)
     critical = np.exp(log_c) * situation.noise.value
     efficiency = np.asarray(statistical_efficiency(outlook.plans.table.global_batch[:, None], critical))
-    gain = np.exp(outlook.log_ratio)[:, None] * efficiency / efficiency[outlook.here]
+    gain = np.exp(outlook.log_worth)[:, None] * efficiency / efficiency[outlook.here]
     left = np.maximum(0.0, outlook.horizon_s - outlook.cost_s)
     wins = gain * left[:, None] - outlook.horizon_s
     return np.where(outlook.allowed[:, None], wins, -np.inf)

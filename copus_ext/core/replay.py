@@ -11,7 +11,7 @@ from copus_ext.core.candidates import Candidates
 from copus_ext.core.deciding import decide
 from copus_ext.core.decision import Decision
 from copus_ext.core.events import Event, plain
-from copus_ext.core.knowledge import Knowledge
+from copus_ext.core.knowledge import Knowledge, plans_avoided
 from copus_ext.core.model_shape import ModelShape
 from copus_ext.core.plan import plan_from_json
 from copus_ext.core.policies.base import Policy, PolicySettings
@@ -42,7 +42,8 @@ def _start(start: Event, changes: dict[str, Any], space: str | None) -> tuple[Po
     if policy.searches:
         asked = parse_space(start["space"] if space is None else space).opened(policy.opens)
         candidates = asked.plans(base, ModelShape(**start["model"])).with_first(base)
-    return policy, Knowledge.from_json(start["knowledge"], candidates)
+    avoided = plans_avoided(candidates, base, start["noise_estimator"])
+    return policy, Knowledge.from_json(start["knowledge"], candidates, avoided)
 
 
 def replay(

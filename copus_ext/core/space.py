@@ -137,8 +137,7 @@ def _batches(text: str) -> tuple[int, int] | list[int]:
     """Bounds, or a list of batches."""
     low, dots, high = text.partition("..")
     if not dots:
-        named = _numbers(text)
-        return (named[0], named[0]) if len(named) == 1 else list(named)
+        return list(_numbers(text))
     bounds = (int(low), int(high))
     if not 1 <= bounds[0] <= bounds[1]:
         raise ValueError

@@ -101,8 +101,8 @@ def _batch(plan: Plan) -> int:
 def _check_run(raw: argparse.Namespace) -> None:
     if raw.no_copus:
         raise UserError("--no-copus: branches are batches that COPUS switches to; leave it out")
-    if raw.copus_policy == "schedule":
-        raise UserError("--copus-policy schedule: branches leave a run that keeps its plan; leave it out")
+    if raw.copus_policy in ("schedule", "rampup"):
+        raise UserError(f"--copus-policy {raw.copus_policy}: branches leave a run that keeps its plan; leave it out")
     if not raw.full_validation and raw.eval_iters < _LEAST_BLOCKS:
         raise UserError(
             f"--eval-iters {raw.eval_iters} gives too few blocks of validation sequences to compare branches by; "

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron.core.rerun_state_machine import RerunDataIterator
-from megatron.training import training
+from megatron.training import get_signal_handler, training
 
+from copus_ext.adapters.agreement import largest
 from copus_ext.adapters.snapshot import Snapshot
 from copus_ext.core.errors import UserError
 from copus_ext.core.noise_tracker import NoiseTracker
@@ -29,6 +31,7 @@ Iterators = tuple[Any, Any, Any]
 Progress = Callable[[int, list[float]], None]  # sequences since the start, [blocks] losses
 
 _NEVER = 10**12  # an interval in steps that no run reaches
+_STEPS_BETWEEN_LOOKS = 4  # at whether the run has to end, while it is in a branch
 _NOT_IN_A_BRANCH: dict[str, Any] = {  # of upstream's arguments: what is thrown away leaves nothing behind
     "save": None,
     "save_interval": None,
@@ -45,11 +48,18 @@ class BranchFailed(RuntimeError):
     """A branch could not be begun; the job is as it was."""
 
 
+class BranchStopped(RuntimeError):
+    """The run was asked to end, by a signal or its time limit; it will, once it has been taken back."""
+
+
 class BranchTelemetry(Telemetry):
-    """Logs a branch, and leaves the terminal to whoever branches."""
+    """Logs a branch, and leaves the terminal and the curves of the run alone."""
 
     def say(self, text: str) -> None:
         """Nothing."""
+
+    def _scalars(self, values: dict[str, float]) -> None:
+        """Nothing: the run's own curves go on behind the branch."""
 
 
 class Branches:
@@ -62,6 +72,7 @@ class Branches:
             UserError: there are no validation data.
         """
         self._driver, self._blocks = driver, blocks
+        self._ends_by: _Ending | None = None  # inside of a branch that leaves nothing behind
         self.evaluated_s = 0.0  # seconds that evaluations took
         self._validation = self._validation_batches(driver.iterators()[1])
 
@@ -71,8 +82,11 @@ class Branches:
         if iterators is None or (isinstance(iterators, list) and None in iterators):
             raise UserError("there is no validation data to compare branches by; give --valid-data-path, or --split")
         per_block = args.eval_global_batch_size // (args.eval_micro_batch_size * args.data_parallel_size)
-        chunks = iterators if isinstance(iterators, list) else [iterators]
-        return [[next(iterator) for _ in range(self._blocks * per_block)] for iterator in chunks]
+        chunks, wanted = iterators if isinstance(iterators, list) else [iterators], self._blocks * per_block
+        batches = [list(itertools.islice(iterator, wanted)) for iterator in chunks]
+        if any(len(each) < wanted for each in batches):
+            raise UserError(f"there are too few validation data for {self._blocks} blocks to compare branches by")
+        return batches
 
     def losses(self) -> list[float]:
         """[blocks] losses on the validation sequences, always the same; ``nan`` on ranks without the last stage."""
@@ -80,15 +94,14 @@ class Branches:
         _take_hooks_off(job.model)
         again: list[Any] = [RerunDataIterator(iter(batches)) for batches in self._validation]
         consumed, found = args.consumed_valid_samples, []
+        limit, args.exit_duration_in_mins = args.exit_duration_in_mins, None  # train() is who saves and ends then
         for _ in range(self._blocks):
             with quiet():
                 losses, _, _ = training.evaluate(
                     gpt.forward_step, again if len(again) > 1 else again[0], job.model, None, job.config, eval_iters=1
                 )
-            if losses is None:  # upstream has found that --exit-duration-in-mins is over
-                raise SystemExit(0)
             found.append(next((float(loss) for loss in losses.values()), math.nan))
-        args.consumed_valid_samples = consumed
+        args.consumed_valid_samples, args.exit_duration_in_mins = consumed, limit
         self.evaluated_s += time.perf_counter() - start
         return found
 
@@ -119,9 +132,18 @@ class Branches:
         return found, iterators
 
     def train_to(self, iterators: Iterators, samples: int) -> None:
-        """Train under the plan in force until ``samples`` are consumed, deciding nothing on the way."""
-        while steps_until(self._driver.job.args, samples):
-            self._driver.segment(iterators, until=samples, deciding=False)
+        """Train under the plan in force until ``samples`` are consumed, deciding nothing on the way.
+
+        Raises:
+            BranchStopped: inside of :meth:`leaving_nothing`, when the run has been asked to end.
+        """
+        while steps_until(args := self._driver.job.args, samples):
+            until = samples
+            if self._ends_by is not None:
+                until = min(samples, args.consumed_train_samples + _STEPS_BETWEEN_LOOKS * args.global_batch_size)
+                if self._ends_by.is_due():
+                    raise BranchStopped
+            self._driver.segment(iterators, until=until, deciding=False)
 
     def go_back(self, snapshot: Snapshot) -> None:
         """Take the job back to where ``snapshot`` was taken of it."""
@@ -146,13 +168,29 @@ class Branches:
     @contextlib.contextmanager
     def leaving_nothing(self) -> Iterator[None]:
         """Without checkpoints, log lines and exits of upstream's. A snapshot has to be restored behind the block."""
-        driver = self._driver
-        driver.in_branch = _NOT_IN_A_BRANCH
-        vars(driver.job.args).update(_NOT_IN_A_BRANCH)
+        driver, args = self._driver, self._driver.job.args
+        self._ends_by = _Ending(args.exit_signal_handler, args.exit_duration_in_mins)
+        # All branches read the same validation micro-batches, whatever their own are.
+        driver.in_branch = {**_NOT_IN_A_BRANCH, "eval_micro_batch_size": args.eval_micro_batch_size}
+        vars(args).update(driver.in_branch)
         try:
             yield
         finally:
-            driver.in_branch = {}
+            driver.in_branch, self._ends_by = {}, None
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """What ends a run beside its samples, as its flags say: ``--exit-signal-handler``, ``--exit-duration-in-mins``."""
+
+    by_signal: bool
+    after_min: float | None
+
+    def is_due(self) -> bool:
+        """Whether a rank was told to end, or the time is over on one. Collective."""
+        told = self.by_signal and any(get_signal_handler().signals_received())
+        minutes = (time.time() - training._TRAIN_START_TIME) / 60.0
+        return bool(largest(int(told or (self.after_min is not None and minutes > self.after_min))))
 
 
 def _take_hooks_off(model: list[Any]) -> None:

@@ -180,7 +180,7 @@ def check_flags(args: argparse.Namespace) -> None:
         UserError: something is wrong; the message says what to do.
     """
     for name, least in (("copus_interval", 1), ("copus_dwell_steps", 0), ("copus_max_growth", 1)):
-        if getattr(args, name) < least:
+        if not getattr(args, name) >= least:  # nan is none of them
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; give at least {least}")
     if args.copus_rehearse not in _REHEARSED:
         raise UserError(f"--copus-rehearse {args.copus_rehearse} is not known; choose from {', '.join(_REHEARSED)}")
@@ -256,6 +256,8 @@ def policy_settings(args: argparse.Namespace) -> PolicySettings:
 
 def _estimator(name: str, policy: Policy) -> str:
     """Who reads the gradients: what the flag says, if it reads what the policy needs."""
+    if policy.needs_whole_gradient and name in (LAYERNORM, ADAM):
+        raise UserError(f"--copus-gns-estimator {name}: the policy holds the gradient itself to a test; use auto")
     if not policy.needs_inner_products:
         return name
     try:

@@ -199,6 +199,7 @@ class Driver:
             settings=config.settings.to_json(),
             space=self.raw.copus_space,
             searches=config.policy.searches,
+            noise_estimator=config.noise_estimator,
             train_samples=args.train_samples,
             model=asdict(model_shape(args)),
             hardware=asdict(known.throughput.hardware),

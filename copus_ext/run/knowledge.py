@@ -10,9 +10,8 @@ from pathlib import Path
 from copus_ext.adapters.arguments import model_shape, run_options
 from copus_ext.core.candidates import Candidates
 from copus_ext.core.files import write_whole
-from copus_ext.core.grouping import why_avoided
 from copus_ext.core.hardware import Hardware
-from copus_ext.core.knowledge import Knowledge
+from copus_ext.core.knowledge import Knowledge, plans_avoided
 from copus_ext.core.memory_model import MemoryModel
 from copus_ext.core.noise_tracker import NoiseTracker
 from copus_ext.core.plan import Plan
@@ -39,7 +38,6 @@ def first_knowledge(
     candidates = Candidates(())
     if config.policy.searches:
         candidates = config.space.plans(config.base, model).with_first(config.base)
-    avoided = {p: why for p in candidates if (why := why_avoided(p, config.base, config.noise_estimator))}
     return Knowledge(
         plan=plan,
         candidates=candidates,
@@ -47,7 +45,7 @@ def first_knowledge(
         throughput=ThroughputModel(model, hardware, options=options),
         memory=MemoryModel(model, hardware.memory_bytes, options),
         switch_cost=first_switch_cost(model, hardware, args.world_size),
-        rejected=avoided,
+        avoided=plans_avoided(candidates, config.base, config.noise_estimator),
         can_probe=raw.eval_iters > 0,
     )
 
@@ -64,7 +62,7 @@ def carried_on(first: Knowledge, saved: Knowledge, hardware_is_named: bool) -> K
         noise=first.noise.carried_on(saved.noise),
         throughput=replace(first.throughput, hardware=hardware, histories=saved.throughput.histories),
         memory=replace(first.memory, peaks=saved.memory.peaks, exhausted=saved.memory.exhausted),
-        rejected={**saved.rejected, **first.rejected},
+        avoided=first.avoided,
         steps_since_switch=0,  # the first steps behind a start are as slow as those behind a switch
         can_probe=first.can_probe and saved.can_probe,
     )

@@ -17,7 +17,7 @@ from copus_ext.core.loss_curves import BranchCurve
 from copus_ext.core.noise_scale import NoiseEstimate
 from copus_ext.core.plan import Plan
 from copus_ext.core.probing import EVALUATIONS
-from copus_ext.run.branching import Branches, BranchFailed, Iterators
+from copus_ext.run.branching import Branches, BranchFailed, BranchStopped, Iterators
 
 if TYPE_CHECKING:
     from copus_ext.run.driver import Driver
@@ -40,6 +40,8 @@ def make_probe(driver: Driver, probe: Probe) -> Iterators:
     try:
         branches = Branches(driver, _BLOCKS)
         first, other = _branch(driver, branches, probe, samples)
+    except BranchStopped:  # which the next step of the run itself looks after
+        return driver.iterators()
     except (UserError, BranchFailed) as error:
         fields = {"plan": str(probe.plan), "parts": probe.plan.to_json()}
         driver.telemetry.event("fault", kind="probe", message=str(error), **fields)

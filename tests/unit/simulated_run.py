@@ -111,6 +111,7 @@ def simulate(
         settings=settings.to_json(),
         space=space,
         searches=policy.searches,
+        noise_estimator="auto",
         train_samples=train_samples,
         model=asdict(MODEL),
         knowledge=known.to_json(),

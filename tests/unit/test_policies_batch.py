@@ -71,6 +71,15 @@ def test_the_micro_batch_is_the_one_predicted_fastest_that_was_not_rejected() ->
     assert fastest(state, []) is None
 
 
+def test_beside_the_candidates_a_micro_batch_is_as_its_nearest_smaller_batch() -> None:
+    """Memory speaks against 4 from batch 32 on; too few groups speak against 2 below 32."""
+    plans = {Plan(DATA, micro, batch): 1.0 / micro for micro in (1, 2, 4) for batch in (16, 32, 64)}
+    rejected = {Plan(DATA, 4, batch): "needs 95 GiB" for batch in (32, 64)} | {Plan(DATA, 2, 16): "2 groups a step"}
+    state = replace(situation(plans, None), rejected=rejected)
+    assert at_batch(state, 48) == Plan(DATA, 2, 48)
+    assert at_batch(state, 24) == Plan(DATA, 1, 24), "2 has too few groups for all that is known, and 4 does not divide"
+
+
 def test_a_micro_batch_that_only_larger_batches_have_is_no_choice() -> None:
     """It may be left out where a batch has too few groups for the noise scale."""
     state = situation({CURRENT: 1.0, Plan(DATA, 4, 64): 0.1}, None)

@@ -219,7 +219,7 @@ def test_goodput_is_throughput_times_efficiency() -> None:
 def test_the_reason_says_it_in_one_sentence_with_its_numbers() -> None:
     state = situation({CURRENT: 1.0, Plan(PIPE, 1, 16): 0.99}, None, layout_cost=1.4, train_samples=1600 + 70 * 16)
     reason = COPUS.decide(state).reason
-    assert reason.startswith("stay: best gain 1.0 % (0.")
+    assert reason.startswith("stay: best gain 1.0 % (quartiles 0.")
     assert "by dp1,pp4,mbs1,gbs16, needs 2.0 % to repay a 1.4 s switch in the 70 s left" in reason
 
 

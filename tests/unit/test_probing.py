@@ -9,8 +9,9 @@ import pytest
 
 from copus_ext.core.critical_ratio import PROBE, CriticalRatio, EfficiencyRatio
 from copus_ext.core.decision import Decision, Probe, Situation
-from copus_ext.core.plan import Plan
+from copus_ext.core.plan import Layout, Plan
 from copus_ext.core.policies.copus import CopusPolicy
+from copus_ext.core.switch_rule import parse_switch_rule
 from tests.unit.situations import CURRENT, DATA, known, situation
 
 POLICY = CopusPolicy(probe_budget=0.01)
@@ -73,6 +74,14 @@ def test_it_stays_within_its_budget() -> None:
 )
 def test_no_branch_where_there_is_nothing_to_learn_or_no_way_to(changes: dict[str, object]) -> None:
     assert decide(**changes).probe is None
+
+
+def test_what_has_nothing_to_do_with_c_makes_no_branch() -> None:
+    """A faster layout at the same batch is as good whatever c is; the paper's rule takes c as known."""
+    seconds = SECONDS | {Plan(Layout(pp=4), 1, 16): 0.9}
+    sure = situation(seconds, known(30.0), layout_cost=1e6, can_probe=True, train_samples=2_000_000)
+    assert POLICY.decide(replace(sure, critical_ratio=surely(2.0))).probe is None
+    assert CopusPolicy(probe_budget=0.01, rule=parse_switch_rule("threshold:9")).decide(STAYS).probe is None
 
 
 def test_no_branch_without_a_budget() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 
 from copus_ext.core.candidates import Candidates
@@ -17,6 +19,7 @@ from copus_ext.core.policies.base import PolicySettings
 from copus_ext.core.replay import replay
 from copus_ext.core.space import parse_space
 from copus_ext.core.step_noise import StepEstimate
+from copus_ext.run.knowledge import carried_on
 from tests.unit.simulated_run import MODEL, World, plans_of, simulate
 
 BASE = Plan(Layout(dp=4), 1, 16)
@@ -136,3 +139,39 @@ def test_a_policy_may_open_dimensions_that_the_flag_does_not_name() -> None:
     assert {layout.distributed_optimizer for layout in plans} == {True, False}
     named = list(replay(recorded("static"), {"policy": "layout-only"}, space="tp=1 pp=1 gbs=16 zero1=off"))
     assert not any(s.plan.layout.distributed_optimizer for each in named for s in each.decision.candidates)
+
+
+def test_a_run_resumed_on_a_device_with_other_memory_is_replayed_with_that_memory() -> None:
+    """Step times stay those of the saved run's hardware; what fits is what fits now."""
+    start = recorded()[0]
+    candidates = parse_space("gbs=4..256").plans(BASE, MODEL)
+    saved = Knowledge.from_json(start["knowledge"], candidates)
+    needed = saved.memory.predict(candidates.table)
+    small = replace(saved.memory, capacity=float(np.median(needed)) / 0.9)
+    resumed = carried_on(replace(saved, memory=small), saved, hardware_is_named=False)
+    again = Knowledge.from_json(json.loads(json.dumps(plain(resumed.to_json()))), candidates)
+    assert 0 < len(resumed.objections()) < len(candidates)
+    assert again.objections() == resumed.objections()
+
+
+def test_what_an_earlier_version_saved_is_gone_on_from() -> None:
+    kept = ("plan", "noise", "throughput", "memory", "switch_cost")
+    old = {name: recorded()[0]["knowledge"][name] for name in kept}
+    old["memory"] = {name: old["memory"][name] for name in ("peaks", "exhausted")}
+    known = Knowledge.from_json(old, Candidates(()))
+    assert known.plan == BASE
+    assert known.memory.capacity == known.throughput.hardware.memory_bytes
+    assert (known.critical_ratio.observations, known.decisions, known.rejected) == ((), 0, {})
+
+
+def test_settings_without_bounds_come_back() -> None:
+    settings = PolicySettings(max_growth=math.inf)
+    assert PolicySettings.from_json(json.loads(json.dumps(plain(settings.to_json())))) == settings
+
+
+def test_another_space_is_kept_away_from_the_same_plans_as_a_run() -> None:
+    """One micro-batch a step makes one group, of which no noise scale can be measured."""
+    again = list(replay(recorded(), space="tp=1,2 pp=2 mbs=any gbs=8"))
+    scores = [score for each in again for score in each.decision.candidates]
+    assert any("one micro-batch a step makes one group" in score.why_not for score in scores)
+    assert not any(score.feasible for score in scores if score.plan.num_microbatches * score.plan.layout.dp < 2)

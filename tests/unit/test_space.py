@@ -58,6 +58,11 @@ def test_every_dimension_can_be_opened() -> None:
     assert all(infeasible_reason(plan, MODEL) is None for plan in plans)
 
 
+def test_a_batch_that_is_named_is_there() -> None:
+    assert parse_space("gbs=12").global_batches(Plan(Layout(dp=4), 1, 8)) == [8, 12]
+    assert parse_space("gbs=8..12").global_batches(Plan(Layout(dp=4), 1, 8)) == [8]
+
+
 def test_experts_and_context_are_left_as_they_are_unless_they_are_named() -> None:
     experts = replace(MODEL, experts=4, moe_ffn=64)
     base = Plan(Layout(dp=2, cp=2, ep=2), 1, 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,10 +19,12 @@ class Policy:
 
     ``searches``: it chooses among the candidates of ``--copus-space``; else there need be none. ``opens``: dimensions
     of that space that are open where the flag does not name them, and not as the flags of the run say.
+    ``needs_whole_gradient``: N and S have to be those of the gradient, not of norm layers or of a preconditioned one.
     ``needs_inner_products``: the statistic of the inner product test is to be measured with the noise scale.
     """
 
     searches: bool = False
+    needs_whole_gradient: bool = False
     opens: tuple[str, ...] = ()
     needs_inner_products: bool = False
 
@@ -76,8 +79,14 @@ class PolicySettings:
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> PolicySettings:
         """Inverse of :meth:`to_json`."""
-        rampup = values["rampup"]
-        return PolicySettings(**{**values, "rampup": None if rampup is None else tuple(rampup)})
+        rampup, growth = values["rampup"], values["max_growth"]
+        return PolicySettings(
+            **{
+                **values,
+                "rampup": None if rampup is None else tuple(rampup),
+                "max_growth": math.inf if growth is None else growth,  # JSON has no infinities
+            }
+        )
 
 
 class Options:

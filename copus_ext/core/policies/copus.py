@@ -19,7 +19,7 @@ from copus_ext.core.objective import Objective, parse_objective
 from copus_ext.core.outlook import Limits, Outlook, look, scores
 from copus_ext.core.plan import Plan
 from copus_ext.core.policies.base import Options, Policy, PolicySettings
-from copus_ext.core.probing import worthwhile_probe
+from copus_ext.core.probing import ProbePlan, worthwhile_probe
 from copus_ext.core.switch_rule import SwitchRule, parse_switch_rule
 
 _TRIAL_WORTH = 0.01  # of the time left: a trial that is expected to win less is not worth the unrest
@@ -57,7 +57,7 @@ class CopusPolicy(Policy):
         elif not switch and outlook.trial_s[trial] > _TRIAL_WORTH * outlook.horizon_s:
             chosen = best = trial
             reason = explain_trial(outlook, trial)
-        elif not switch and (planned := worthwhile_probe(outlook, situation, self.probe_budget)):
+        elif not switch and (planned := self._probe(outlook, situation)):
             probe, reason = planned.probe, planned.reason
         shown = outlook.here if best is None else best
         listed, unlisted = scores(outlook, situation, self.max_growth)
@@ -76,6 +76,12 @@ class CopusPolicy(Policy):
             upcoming=_upcoming(outlook),
             probe=probe,
         )
+
+    def _probe(self, outlook: Outlook, situation: Situation) -> ProbePlan | None:
+        """A branch that measures c; the paper's rule, which takes c as known, has none."""
+        if self.rule.threshold is not None:
+            return None
+        return worthwhile_probe(outlook, situation, self.probe_budget)
 
 
 def _best(outlook: Outlook) -> int | None:

@@ -45,6 +45,7 @@ class NormTestPolicy(Policy):
     """Grows the batch where the norm test fails; layout fixed. ``biased``: (J - 1) / J of the variance."""
 
     searches = True
+    needs_whole_gradient = True
 
     eta: float = ETA
     biased: bool = False
@@ -67,6 +68,7 @@ class InnerProductPolicy(Policy):
     """Grows the batch where the inner product test fails; layout fixed."""
 
     searches = True
+    needs_whole_gradient = True
     needs_inner_products = True
 
     theta: float = THETA

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -82,11 +81,12 @@ class Branches:
         if iterators is None or (isinstance(iterators, list) and None in iterators):
             raise UserError("there is no validation data to compare branches by; give --valid-data-path, or --split")
         per_block = args.eval_global_batch_size // (args.eval_micro_batch_size * args.data_parallel_size)
-        chunks, wanted = iterators if isinstance(iterators, list) else [iterators], self._blocks * per_block
-        batches = [list(itertools.islice(iterator, wanted)) for iterator in chunks]
-        if any(len(each) < wanted for each in batches):
-            raise UserError(f"there are too few validation data for {self._blocks} blocks to compare branches by")
-        return batches
+        chunks = iterators if isinstance(iterators, list) else [iterators]
+        try:
+            return [[next(iterator) for _ in range(self._blocks * per_block)] for iterator in chunks]
+        except StopIteration:
+            few = f"there are too few validation data for {self._blocks} blocks to compare branches by"
+            raise UserError(f"{few}; give more, by --split or --eval-iters") from None
 
     def losses(self) -> list[float]:
         """[blocks] losses on the validation sequences, always the same; ``nan`` on ranks without the last stage."""

@@ -33,12 +33,19 @@ def finished(outcomes: list[Outcome]) -> None:
     assert [o.status for o in outcomes] == [0] * len(outcomes), outcomes[0].err
 
 
-def test_switching_layouts_changes_no_loss(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def still(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that stays in its layout."""
+    directory = tmp_path_factory.mktemp("still")
+    finished(launch(RUN, f"--copus-dir={directory}", "--copus-policy=static"))
+    return directory
+
+
+def test_switching_layouts_changes_no_loss(tmp_path: Path, still: Path) -> None:
     """Four layouts in one run, against one layout, and against upstream's own pretrain() with COPUS off."""
     schedule = "0:dp4 40:tp2,pp2 80:pp4 120:dp2,pp2,vpp2"
-    switching, still = tmp_path / "switching", tmp_path / "still"
+    switching = tmp_path / "switching"
     finished(launch(RUN, f"--copus-dir={switching}", "--copus-policy=schedule", "--copus-schedule", schedule))
-    finished(launch(RUN, f"--copus-dir={still}", "--copus-policy=static"))
     assert losses_of(switching) == pytest.approx(losses_of(still), rel=1e-5)
     switches = events_of(switching, "switch")
     assert [s["to"] for s in switches] == ["dp1,tp2,pp2,mbs1,gbs8", "dp1,pp4,mbs1,gbs8", "dp2,pp2,vpp2,mbs1,gbs8"]
@@ -133,10 +140,9 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, whole: P
     assert events_of(parts, "eval")[-1]["iteration"] == last
 
 
-def test_a_switch_that_one_rank_cannot_prepare_is_given_up_by_all(tmp_path: Path) -> None:
+def test_a_switch_that_one_rank_cannot_prepare_is_given_up_by_all(tmp_path: Path, still: Path) -> None:
     schedule = ("--copus-policy=schedule", "--copus-schedule", "0:dp4 80:pp4")
-    still, faulty = tmp_path / "still", tmp_path / "faulty"
-    finished(launch(RUN, f"--copus-dir={still}", "--copus-policy=static"))
+    faulty = tmp_path / "faulty"
     finished(run_ranks(4, run_with_failing_build, [*RUN.split(), f"--copus-dir={faulty}", *schedule]))
     assert losses_of(faulty) == pytest.approx(losses_of(still), rel=1e-6)
     faults = events_of(faulty, "fault")

@@ -152,6 +152,8 @@ def test_the_same_samples_give_the_same_n_and_s_in_every_factorisation(world: in
     ]
     # Upstream's interleaved schedule wants as many micro-batches as a multiple of the stages.
     layouts = [layout for layout in layouts if layout.vpp == 1 or BATCH // layout.dp >= layout.pp]
+    if world == 8:  # what four ranks can't be: all three kinds of parallelism at once
+        layouts = [layout for layout in layouts if layout == layouts[0] or min(layout.dp, layout.tp, layout.pp) > 1]
     found = seen_by_all("--num-layers 8", layouts, 1, "slices", min_groups=BATCH)
     for layout, pair in zip(layouts, found, strict=True):
         assert pair == pytest.approx(found[0], rel=1e-4), str(layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -39,6 +40,7 @@ def curve(flags: str, layout: Layout) -> list[tuple[float | None, ...]]:
     return [tuple(one_step(job, first_sample=BATCH * step)) for step in range(STEPS)]
 
 
+@functools.cache
 def seen_on_the_last_rank(flags: str, layout: Layout) -> list[float]:
     """The curve as one list; the last rank is on the last stage in every layout."""
     return [value for step in run_ranks(4, curve, flags, layout)[-1] for value in step if value is not None]
@@ -48,7 +50,7 @@ def seen_on_the_last_rank(flags: str, layout: Layout) -> list[float]:
     ("flags", "layouts", "tolerance"),
     [
         ("", LAYOUTS, 1e-5),
-        (MODERN + "--untie-embeddings-and-output-weights", LAYOUTS, 1e-5),
+        (MODERN + "--untie-embeddings-and-output-weights", LAYOUTS[::2] + LAYOUTS[5:6], 1e-5),
         ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", LAYOUTS[1::3], 1e-5),
         ("--bf16", LAYOUTS[::2], 2e-2),
         (EXPERTS, (Layout(dp=4), Layout(dp=4, ep=2), Layout(dp=4, ep=4), Layout(dp=2, pp=2, ep=2)), 1e-5),

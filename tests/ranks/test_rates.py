@@ -111,7 +111,7 @@ def _recorded(words: list[str]) -> tuple[Outcome, list[tuple[Any, ...]]]:
 
     def before_step(self: Any, model: Any, optimizer: Any) -> None:
         groups = [tuple(group[name] for name in names) for group in optimizer.param_groups]
-        seen.append((str(self._job.plan), groups, optimizer_step(self._job), self._knowledge.rate_noise_scale))
+        seen.append((str(self._job.plan), groups, optimizer_step(self._job), self._known.rate_noise_scale))
 
     with mock.patch.object(Controller, "before_step", before_step):
         return run_main(words), seen

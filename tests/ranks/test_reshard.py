@@ -159,7 +159,7 @@ def _every_pair(world: int, flags: str, words: str) -> tuple[int, list[str]]:
     ("world", "flags", "words"),
     [
         (4, "--bf16 ", "dp4,zero1 tp4 pp4 tp2,pp2 pp2,vpp2,dp2,zero1"),
-        (8, "", "dp8,zero1 tp2,pp2,dp2 pp4,dp2 tp8"),
+        (8, "", "dp8,zero1 tp2,pp2,dp2 tp8"),
     ],
 )
 def test_every_pair_of_layouts(world: int, flags: str, words: str) -> None:

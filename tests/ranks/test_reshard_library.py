@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -14,13 +17,20 @@ from tests.ranks.harness import run_ranks
 STEPS, LAYOUTS = 2, "tp2,pp2 pp2,dp2,zero1 dp4"
 
 
+def _little_text(_: str) -> str:
+    """A folder of some text: to read all of the standard library takes longer than to train here."""
+    return str(Path(asyncio.__file__).parent)
+
+
 def trained() -> Any:
     """Losses of the example's loop with its twin's, its lines, and how many jobs it built."""
+    from copus_ext.bench import workbench
     from examples import reshard_in_your_loop as example
 
     lines: list[str] = []
     words = ["--steps", str(STEPS), "--layouts", LAYOUTS, "--compare"]
     with (
+        mock.patch.object(workbench, "sysconfig", SimpleNamespace(get_path=_little_text)),
         mock.patch.object(sys, "argv", ["reshard_in_your_loop.py", *words]),
         mock.patch.object(example, "build_job", wraps=example.build_job) as build,
     ):

@@ -9,8 +9,10 @@ from unittest import mock
 from copus_ext.core.decision import Decision, Probe, Situation
 from copus_ext.core.events import read_events
 from copus_ext.core.plan import Plan
+from copus_ext.core.policies import static
 from copus_ext.core.policies.base import Policy, PolicySettings
 from copus_ext.core.policies.static import StaticPolicy
+from copus_ext.core.replay import replay
 from tests.end_to_end.launch import MOCK, MODEL, TRAINING, Outcome, events_of, losses_of, run_main
 from tests.ranks.harness import run_ranks
 
@@ -27,20 +29,21 @@ class Probing(StaticPolicy):
     """Stays, and asks for one branch at its first decision."""
 
     def decide(self, situation: Situation) -> Decision:
-        """A branch of the double batch."""
+        """A branch of the double batch and micro-batch."""
         stay, plan = super().decide(situation), situation.current
-        probe = Probe(plan.with_batch(2 * plan.global_batch), PROBED) if situation.can_probe else None
+        double = plan.with_batch(2 * plan.global_batch, 2 * plan.micro_batch)
+        probe = Probe(double, PROBED) if situation.can_probe else None
         return stay if situation.decisions else replace(stay, probe=probe)
+
+
+def make_probing(settings: PolicySettings, base: Plan, options: object) -> Policy:
+    """In place of the static policy's own."""
+    return Probing()
 
 
 def probing(words: list[str]) -> Outcome:
     """The entry point on this rank, with that policy under the name of ``static``."""
-    from copus_ext.core.policies import static
-
-    def make(settings: PolicySettings, base: Plan, options: object) -> Policy:
-        return Probing()
-
-    with mock.patch.object(static, "make", make):
+    with mock.patch.object(static, "make", make_probing):
         return run_main(words)
 
 
@@ -60,3 +63,7 @@ def test_a_probe_changes_nothing_of_the_run(tmp_path: Path) -> None:
     branch = next((probed / "probes").iterdir())
     assert [s["consumed_samples"] for s in events_of(branch, "step")] == list(range(48, 40 + PROBED + 1, 8))
     assert not events_of(branch, "checkpoint")
+    with mock.patch.object(static, "make", make_probing):
+        again = list(replay(read_events(probed / "events.jsonl")))
+    assert [each.differences for each in again] == [()] * len(again)
+    assert len(again) > 1

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 
 from copus_ext.core.events import read_events
+from copus_ext.core.replay import replay
 from tests.end_to_end.launch import BATCHES, MOCK, MODEL, TRAINING, Outcome, events_of, launch, losses_of, run_main
 from tests.ranks.harness import run_ranks
 
@@ -105,6 +106,7 @@ def test_copus_moves_a_run_and_tells_why(tmp_path: Path) -> None:
     assert any("mbs8" in s["to"] for s in switches)
     assert [(d["current"], d["chosen"]) for d in moved] == [(s["from"], s["to"]) for s in switches]
     assert (tmp_path / "report.html").exists()
+    assert [each.differences for each in replay(events)] == [()] * len(decisions)
 
 
 # Rates that a factor of sqrt(2) and back does not give back to the last bit.
@@ -135,6 +137,9 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, whole: P
     assert events_of(parts, "run_start")[-1]["resumed_from"] == stop_at
     state = json.loads((saved / f"iter_{stop_at:07d}" / "copus_state.json").read_text())
     assert state["noise"]["smoothed"]["steps"] == stop_at
+    again = list(replay(read_events(parts / "events.jsonl")))
+    assert again
+    assert [each.differences for each in again] == [()] * len(again), "decisions of both attempts"
     last = len(steps[0])
     assert (saved / f"iter_{last:07d}" / "copus_state.json").exists()
     assert events_of(parts, "eval")[-1]["iteration"] == last

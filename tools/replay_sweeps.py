@@ -37,7 +37,7 @@ def published_sweeps() -> Iterator[Sweep]:
     """Sweeps of at least eight plans among the package's points."""
     fit = read_fit()
     points = Points(usable(read_points(POINTS)))
-    problem = Problem(points, np.array(fit.weights))
+    problem = Problem.of(points, np.array(fit.weights))
     sources, names = points.labels("source"), np.array([point.row["sweep"] for point in points.points])
     for name in dict.fromkeys(names):
         rows = np.flatnonzero(names == name)

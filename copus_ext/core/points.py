@@ -66,6 +66,12 @@ class Point:
         return "nvidia" if any(name in word for name in _NVIDIA) else word if word != "arXiv" else self.source
 
     @property
+    def division(self) -> str:
+        """The model and how it is divided among ranks; how many replicas there are does not count."""
+        layout = self.layout
+        return f"{self.model} tp{layout.tp} pp{layout.pp} vpp{self.vpp} cp{layout.cp} ep{layout.ep}"
+
+    @property
     def stack(self) -> str:
         """With what software it was measured, without the precision."""
         return family(self.row.get("stack", ""))

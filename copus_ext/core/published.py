@@ -2,15 +2,17 @@
 far runs on the same GPU, with the same software or by the same people were off it.
 
 ln(measured / closed form) of all points is one Gaussian process: deviations that points share with their GPU, their
-software and their source, each of the last two also by component, and one that changes slowly with plan and model among
-points of the same software. A new point is predicted by conditioning on all points that the fit has seen.
+software and their source, each of the last two also by component; among points of the same software two that change
+slowly with plan and model, one of them anew for every GPU and precision; and one of each way to divide a model. How
+large the last three are, and the noise, differs between publishers. A new point is predicted by conditioning on all
+points that the fit has seen.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,17 +40,32 @@ Z90 = 1.6449  # quantile of a 90 % interval's upper end
 class PublishedKernel:
     """Standard deviations of ln(measured / closed form) by what points share; ``lengths`` as in :class:`ErrorKernel`,
     then doublings of the hidden size and of the sequence length.
+
+    ``plan_scale`` and ``noise_scale``, by publisher: some programs are far from the closed form, some figures rounder
+    than others. 1 for a publisher that nothing is known of.
     """
 
     gpu_sd: float = 0.05
     stack_sd: float = 0.06
     source_sd: float = 0.04
     stack_part_sd: float = 0.07
-    source_part_sd: float = 0.06
+    source_part_sd: float = 0.04
     fp8_sd: float = 0.1  # of 8-bit products
-    plan_sd: float = 0.12
+    plan_sd: float = 0.12  # of plans of one software, wherever they run
+    machine_plan_sd: float = 0.05  # of those on one GPU at one precision, on top
+    layout_sd: float = 0.05  # of one way to divide one model, on top
     noise_sd: float = 0.02
     lengths: tuple[float, ...] = (1.0, 3.5, 1.5, 4.0, 12.0, 2.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0)
+    plan_scale: dict[str, float] = field(default_factory=dict)
+    noise_scale: dict[str, float] = field(default_factory=dict)
+
+    def noise(self, points: Points) -> Array:
+        """[n] standard deviations of the noise of points that are not odd."""
+        return self.noise_sd * _by_publisher(self.noise_scale, points.labels("publisher"))
+
+
+def _by_publisher(scales: dict[str, float], publishers: NDArray[np.str_]) -> Array:
+    return np.array([scales.get(publisher, 1.0) for publisher in publishers.tolist()])
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,10 @@ class Expected:
     shares: Array  # [n, parts]
     coordinates: Array  # [n, 12] of plan and model
     spread: Array  # [n] variance of log_s over what is open
+
+    def take(self, rows: NDArray[np.int64]) -> Expected:
+        """Some of the points."""
+        return Expected(*(values[rows] for values in vars(self).values()))
 
 
 def open_plans(point: Point) -> list[Plan]:
@@ -112,7 +133,7 @@ class Points:
         return np.log([point.step_time_s or np.nan for point in self.points])
 
     def labels(self, name: str) -> NDArray[np.str_]:
-        """[n] ``gpu``, ``stack``, ``source`` or ``publisher`` of each point."""
+        """[n] ``gpu``, ``stack``, ``source``, ``publisher`` or ``division`` of each point."""
         return np.array([str(getattr(point, name)) for point in self.points])
 
     @cached_property
@@ -193,37 +214,88 @@ class PublishedFit:
     def predict(self, known: Points, new: Points) -> Prediction:
         """What ``known`` points, those of the fit in its order, say about ``new`` ones."""
         old, fresh = known.expected(self.constants), new.expected(self.constants)
-        noise = np.diag(self.kernel.noise_sd**2 / np.array(self.weights) + old.spread)
-        within = covariance(self.kernel, known, old, known, old) + noise
+        weights = np.array(self.weights)
+        noise = np.diag(self.kernel.noise(known) ** 2 / weights + old.spread)
         mean, variance = condition(
-            within,
+            covariance(self.kernel, known, old, known, old) + noise,
             covariance(self.kernel, known, old, new, fresh),
             np.diag(covariance(self.kernel, new, fresh, new, fresh)),
             known.log_measured - old.log_s,
         )
         log_s = fresh.log_s + mean
-        sd = np.sqrt(variance + fresh.spread + noise_variance(self.kernel, np.array(self.weights)))
+        sd = np.sqrt(variance + fresh.spread + noise_variance(self.kernel, weights, new))
         bias = np.array([self.memory_bias.get(stack, 0.0) for stack in new.labels("stack")])
         return Prediction(
             np.exp(log_s), np.exp(log_s - Z90 * sd), np.exp(log_s + Z90 * sd), new.memory() * np.exp(bias)
         )
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """What n points have in common with m others: [n, m], 1 where both are of the same, 0 elsewhere."""
+
+    gpu: Array
+    stack: Array
+    source: Array
+    machine: Array  # software, GPU and precision
+    division: Array  # software, model and layout but for replicas
+    fp8: Array  # 1 where both have 8-bit products
+    publishers: tuple[NDArray[np.str_], NDArray[np.str_]]  # [n], [m]
+
+    @classmethod
+    def of(cls, left: Points, right: Points) -> Pairs:
+        """Of two sets of points."""
+        gpu, stack, source, division = (_same(left, right, name) for name in ("gpu", "stack", "source", "division"))
+        return cls(
+            gpu=gpu,
+            stack=stack,
+            source=source,
+            machine=stack * gpu * (left.fp8[:, None] == right.fp8[None, :]),
+            division=stack * division,
+            fp8=np.outer(left.fp8, right.fp8),
+            publishers=(left.labels("publisher"), right.labels("publisher")),
+        )
+
+    def take(self, rows: NDArray[np.int64]) -> Pairs:
+        """Some of the points, where both sets are the same one."""
+        shared = {name.name: getattr(self, name.name)[np.ix_(rows, rows)] for name in fields(self)[:-1]}
+        return replace(self, **shared, publishers=(self.publishers[0][rows], self.publishers[1][rows]))
+
+
+def _same(left: Points, right: Points, name: str) -> Array:
+    labels = np.concatenate([left.labels(name), right.labels(name)])
+    numbers = np.unique(labels, return_inverse=True)[1]  # quicker to compare than long names
+    return np.asarray(1.0 * np.equal.outer(numbers[: len(left.points)], numbers[len(left.points) :]))
+
+
+def covariance_terms(kernel: PublishedKernel, pairs: Pairs, a: Expected, b: Expected) -> dict[str, Array]:
+    """[n, m] each: what the deviations that a standard deviation of ``kernel`` is of add to :func:`covariance`."""
+    parts = a.shares @ b.shares.T
+    matmul = np.outer(a.shares[:, 0], b.shares[:, 0])
+    left, right = (_by_publisher(kernel.plan_scale, publishers) for publishers in pairs.publishers)
+    scale = np.outer(left, right)
+    alike = scale * likeness(a.coordinates, b.coordinates, kernel.lengths)
+    return {
+        "gpu_sd": kernel.gpu_sd**2 * pairs.gpu,
+        "stack_sd": kernel.stack_sd**2 * pairs.stack,
+        "source_sd": kernel.source_sd**2 * pairs.source,
+        "stack_part_sd": kernel.stack_part_sd**2 * pairs.stack * parts,
+        "source_part_sd": kernel.source_part_sd**2 * pairs.source * parts,
+        "fp8_sd": kernel.fp8_sd**2 * pairs.fp8 * matmul,
+        "plan_sd": kernel.plan_sd**2 * pairs.stack * alike,
+        "machine_plan_sd": kernel.machine_plan_sd**2 * pairs.machine * alike,
+        "layout_sd": kernel.layout_sd**2 * pairs.division * scale,
+    }
+
+
 def covariance(kernel: PublishedKernel, left: Points, a: Expected, right: Points, b: Expected) -> Array:
     """[n, m] covariance of ln(measured / closed form) between n points and m others, without their noise."""
-    same = {name: left.labels(name)[:, None] == right.labels(name)[None, :] for name in ("gpu", "stack", "source")}
-    parts = a.shares @ b.shares.T
-    eight_bit = np.outer(left.fp8 * a.shares[:, 0], right.fp8 * b.shares[:, 0])
-    alike = likeness(a.coordinates, b.coordinates, kernel.lengths)
-    of_stack = kernel.stack_sd**2 + kernel.stack_part_sd**2 * parts + kernel.plan_sd**2 * alike
-    of_source = kernel.source_sd**2 + kernel.source_part_sd**2 * parts
-    shared = same["gpu"] * kernel.gpu_sd**2 + same["stack"] * of_stack + same["source"] * of_source
-    return np.asarray(shared + kernel.fp8_sd**2 * eight_bit)
+    return np.asarray(sum(covariance_terms(kernel, Pairs.of(left, right), a, b).values()))
 
 
-def noise_variance(kernel: PublishedKernel, weights: Array) -> float:
-    """Of ln of a measured time about what is expected, the odd ones included that ``weights`` are small for."""
-    return float(kernel.noise_sd**2 * np.mean(1.0 / weights))
+def noise_variance(kernel: PublishedKernel, weights: Array, new: Points) -> Array:
+    """[n] of ln of times measured about what is expected, the odd ones included that ``weights`` are small for."""
+    return np.asarray(kernel.noise(new) ** 2 * np.mean(1.0 / weights))
 
 
 def condition(within: Array, across: Array, prior: Array, residual: Array) -> tuple[Array, Array]:

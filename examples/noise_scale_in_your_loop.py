@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 from copus_ext.adapters.noise.gradient_noise import GradientNoise  # noise:
-from copus_ext.core.grouping import AUTO, ESTIMATORS
-from copus_ext.core.noise_scale import NoiseEstimate, NoiseScaleEstimator  # noise:
+from copus_ext.core.noise.grouping import AUTO, ESTIMATORS
+from copus_ext.core.noise.noise_scale import NoiseEstimate, NoiseScaleEstimator  # noise:
 
 SEQ_LENGTH, MICRO_BATCH, GLOBAL_BATCH = 64, 2, 16  # tokens, sequences, sequences
 LEARNING_RATE = 2e-3

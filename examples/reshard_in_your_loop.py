@@ -35,7 +35,7 @@ from copus_ext.adapters.phases import Phases
 from copus_ext.adapters.reshard import PlanCache, ReshardReport, reshard  # reshard:
 from copus_ext.bench.workbench import Text, take_step
 from copus_ext.core.plan import Plan, parse_plan
-from copus_ext.core.summary import format_bytes
+from copus_ext.core.report.summary import format_bytes
 from copus_ext.run.progress import carry_progress
 from copus_ext.run.switch import put_in_charge
 from copus_ext.run.telemetry import quiet

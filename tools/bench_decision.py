@@ -13,19 +13,19 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from copus_ext.core.candidates import Candidates
-from copus_ext.core.hardware_file import load_hardware
-from copus_ext.core.knowledge import Knowledge, measured_step_json
-from copus_ext.core.memory_model import MemoryModel
-from copus_ext.core.model_shape import ModelShape
-from copus_ext.core.noise_tracker import MeasuredStep, NoiseTracker
+from copus_ext.core.cost.candidates import Candidates
+from copus_ext.core.cost.hardware_file import load_hardware
+from copus_ext.core.cost.memory_model import MemoryModel
+from copus_ext.core.cost.model_shape import ModelShape
+from copus_ext.core.cost.throughput import ThroughputModel
+from copus_ext.core.noise.noise_tracker import MeasuredStep, NoiseTracker
+from copus_ext.core.noise.step_noise import StepEstimate
 from copus_ext.core.plan import Layout, Plan
+from copus_ext.core.planner.knowledge import Knowledge, measured_step_json
+from copus_ext.core.planner.policy import make_policy
+from copus_ext.core.planner.space import parse_space
+from copus_ext.core.planner.switch_cost import first_switch_cost
 from copus_ext.core.policies.base import PolicySettings
-from copus_ext.core.policy import make_policy
-from copus_ext.core.space import parse_space
-from copus_ext.core.step_noise import StepEstimate
-from copus_ext.core.switch_cost import first_switch_cost
-from copus_ext.core.throughput import ThroughputModel
 
 _MODEL = ModelShape(layers=40, hidden=5120, heads=40, kv_heads=40, ffn=20480, vocab=51200, seq=2048, param_bytes=2)
 _SPACE = "recompute=any zero1=any vpp=any mbs=1,2,4,8 gbs=16..16384"

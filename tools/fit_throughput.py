@@ -26,12 +26,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import least_squares, minimize
 
-from copus_ext.core.constants import FITTED, OVERHEADS, Constants
-from copus_ext.core.errors import UserError
-from copus_ext.core.files import write_whole
-from copus_ext.core.hardware import Reached
-from copus_ext.core.points import read_points
-from copus_ext.core.published import (
+from copus_ext.core.cost.constants import FITTED, OVERHEADS, Constants
+from copus_ext.core.cost.hardware import Reached
+from copus_ext.core.cost.points import read_points
+from copus_ext.core.cost.published import (
     POINTS,
     Z90,
     Expected,
@@ -44,6 +42,8 @@ from copus_ext.core.published import (
     noise_variance,
     usable,
 )
+from copus_ext.core.errors import UserError
+from copus_ext.core.files import write_whole
 
 Array = NDArray[np.float64]
 Rows = NDArray[np.int64]

@@ -15,15 +15,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from copus_ext.core.cost.hardware import Hardware
+from copus_ext.core.cost.hardware_file import load_hardware, shipped_hardware
+from copus_ext.core.cost.known_models import KNOWN_MODELS
+from copus_ext.core.cost.model_shape import ModelShape
+from copus_ext.core.cost.options import CUDA_CONTEXT_BYTES, RunOptions
+from copus_ext.core.cost.search import SearchResult, SearchSpace, search_plans
+from copus_ext.core.cost.step_time import PARTS
 from copus_ext.core.errors import UserError
-from copus_ext.core.hardware import Hardware
-from copus_ext.core.hardware_file import load_hardware, shipped_hardware
-from copus_ext.core.known_models import KNOWN_MODELS
-from copus_ext.core.model_shape import ModelShape
-from copus_ext.core.options import CUDA_CONTEXT_BYTES, RunOptions
 from copus_ext.core.plan import RECOMPUTE_CHOICES
-from copus_ext.core.search import SearchResult, SearchSpace, search_plans
-from copus_ext.core.step_time import PARTS
 
 _GIB = 2**30
 _LARGEST = 2**31  # of any number: products of two of them are still exact

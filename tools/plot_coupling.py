@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from copus_ext.core.constants import FITTED
-from copus_ext.core.coupling import (
+from copus_ext.core.cost.constants import FITTED
+from copus_ext.core.cost.coupling import (
     DATA_SHEETS,
     EVERYTHING,
     SETUPS,
@@ -35,11 +35,11 @@ from copus_ext.core.coupling import (
     name_of,
     predict,
 )
+from copus_ext.core.cost.throughput_table import Subject, read_table
 from copus_ext.core.errors import UserError
 from copus_ext.core.files import write_whole
 from copus_ext.core.plan import Layout
-from copus_ext.core.svg import PALETTE, Band, Chart, Ribbon, Series, draw_chart, write_svg
-from copus_ext.core.throughput_table import Subject, read_table
+from copus_ext.core.report.svg import PALETTE, Band, Chart, Ribbon, Series, draw_chart, write_svg
 
 _WIDTH, _HEIGHT, _GAP, _HEAD = 580, 330, 20, 62
 _OTHERS, _BETWEEN = "#c4cad1", "#d9dde2"

@@ -15,9 +15,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from copus_ext.core.cost.points import Point, read_points, read_rows
+from copus_ext.core.cost.published import POINTS, Points, open_plans, read_fit, usable
 from copus_ext.core.errors import UserError
-from copus_ext.core.points import Point, read_points, read_rows
-from copus_ext.core.published import POINTS, Points, open_plans, read_fit, usable
 
 _NEW = ("predicted_step_time_s", "low", "high", "predicted_mem_gb")
 

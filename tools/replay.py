@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from copus_ext.core.replay import Replayed
+    from copus_ext.core.planner.replay import Replayed
 
 BAD_INPUT = 2
 _SETTINGS = ("policy", "schedule", "objective", "switch_rule", "dwell_steps", "max_growth", "lr_rule", "probe_budget")
@@ -45,7 +45,7 @@ def main() -> int:
 def _replay(flags: argparse.Namespace) -> int:
     from copus_ext.core.errors import UserError
     from copus_ext.core.events import read_events
-    from copus_ext.core.replay import replay
+    from copus_ext.core.planner.replay import replay
 
     changes = {name: value for name in _SETTINGS if (value := getattr(flags, name)) is not None}
     log = flags.run_dir / "events.jsonl"
@@ -60,8 +60,8 @@ def _replay(flags: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from copus_ext.core.planner.policy import POLICIES
     from copus_ext.core.policies.base import PolicySettings
-    from copus_ext.core.policy import POLICIES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, help="what --copus-dir was")

@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from copus_ext.core.cost.hardware_file import load_hardware
+from copus_ext.core.cost.points import read_points
+from copus_ext.core.cost.published import POINTS, Points, hardware_of, open_plans, read_fit, usable
+from copus_ext.core.cost.sweep_replay import Sweep, errors_after, predicted_best, regret_after
+from copus_ext.core.cost.throughput import ThroughputModel
+from copus_ext.core.cost.throughput_table import read_table
 from copus_ext.core.errors import UserError
-from copus_ext.core.hardware_file import load_hardware
-from copus_ext.core.points import read_points
-from copus_ext.core.published import POINTS, Points, hardware_of, open_plans, read_fit, usable
-from copus_ext.core.sweep_replay import Sweep, errors_after, predicted_best, regret_after
-from copus_ext.core.throughput import ThroughputModel
-from copus_ext.core.throughput_table import read_table
 from fit_throughput import START, Problem, constants_of, fit_constants
 
 _LEAST_PLANS = 8

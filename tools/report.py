@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from copus_ext.core.report import report_run
+from copus_ext.core.report.page import report_run
 
 
 def main() -> int:

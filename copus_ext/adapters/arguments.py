@@ -15,9 +15,9 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.training import arguments as upstream
 
 from copus_ext.adapters.replaced import replaced
+from copus_ext.core.cost.model_shape import ModelShape
+from copus_ext.core.cost.options import CUDA_CONTEXT_BYTES, RunOptions
 from copus_ext.core.errors import UserError
-from copus_ext.core.model_shape import ModelShape
-from copus_ext.core.options import CUDA_CONTEXT_BYTES, RunOptions
 from copus_ext.core.plan import Layout, Plan
 
 

@@ -26,7 +26,7 @@ from copus_ext.adapters.meta_model import META, Chunk, build_on_meta, optimizer_
 from copus_ext.adapters.optimizer_shards import Shard
 from copus_ext.adapters.stand_in import Seat, in_place_of
 from copus_ext.core.plan import Plan
-from copus_ext.core.transfer import Holding
+from copus_ext.core.reshard.transfer import Holding
 
 
 def holdings_of_layout(plan: Plan, args: argparse.Namespace, *, with_moments: bool) -> list[list[Holding]]:

@@ -23,7 +23,7 @@ from copus_ext.adapters.agreement import of_first_rank
 from copus_ext.adapters.job import Job
 from copus_ext.adapters.optimizer_shards import inner_optimizers
 from copus_ext.adapters.world import whole_world
-from copus_ext.core.betas import steps_of_like_age
+from copus_ext.core.planner.betas import steps_of_like_age
 
 _NEVER_STEPPED = -1
 _PLAIN = (bool, int, float, str, type(None))

@@ -33,8 +33,8 @@ import numpy as np
 import torch
 
 from copus_ext.adapters.exchange import Piece
-from copus_ext.core.geometry import Box
-from copus_ext.core.transfer import Holding
+from copus_ext.core.reshard.geometry import Box
+from copus_ext.core.reshard.transfer import Holding
 
 _SEED = 20260917
 _WORD = 8  # bytes

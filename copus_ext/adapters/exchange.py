@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from copus_ext.adapters.world import whole_world
-from copus_ext.core.geometry import strides
-from copus_ext.core.transfer import Holding, Transfer
+from copus_ext.core.reshard.geometry import strides
+from copus_ext.core.reshard.transfer import Holding, Transfer
 
 _DIRECT_BYTES = 2**18  # from here on a tensor is a message of its own: packing it would cost more than the message
 _ALIGNMENT = 64

@@ -26,8 +26,8 @@ from megatron.core.utils import unwrap_model
 from copus_ext.adapters.exchange import Piece
 from copus_ext.adapters.job import Job
 from copus_ext.adapters.optimizer_shards import Shard, UnknownOptimizer, optimizer_shards
-from copus_ext.core.geometry import Box, flat_range_boxes, intersect, shift, strides
-from copus_ext.core.transfer import Holding
+from copus_ext.core.reshard.geometry import Box, flat_range_boxes, intersect, shift, strides
+from copus_ext.core.reshard.transfer import Holding
 
 _COVERED = ("adam", "sgd", "muon", "lion")
 _UNCOVERED = {

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from copus_ext.core.hardware import Hardware
+from copus_ext.core.cost.hardware import Hardware
 
 _ROWS, _WIDTH = 128, 512  # of the matrices multiplied: the size of a small model's layers
 _COPY_BYTES = 16 * 2**20

@@ -15,8 +15,8 @@ from copus_ext.adapters.exchange import Exchange, Scratch
 from copus_ext.adapters.job_memory import Side
 from copus_ext.adapters.phases import Phases
 from copus_ext.adapters.world import whole_world
-from copus_ext.core.streaming import Round, Stream, stream
-from copus_ext.core.transfer import plan_transfer
+from copus_ext.core.reshard.streaming import Round, Stream, stream
+from copus_ext.core.reshard.transfer import plan_transfer
 
 
 class MoveFailed(RuntimeError):

@@ -31,8 +31,8 @@ from copus_ext.adapters.phases import Phases
 from copus_ext.adapters.staging import has_to_be_staged
 from copus_ext.adapters.world import whole_world
 from copus_ext.core.plan import Layout
-from copus_ext.core.streaming import Stream, default_limit, stream
-from copus_ext.core.transfer import Holding, TransferError, plan_transfer
+from copus_ext.core.reshard.streaming import Stream, default_limit, stream
+from copus_ext.core.reshard.transfer import Holding, TransferError, plan_transfer
 
 __all__ = ["MoveFailed", "PlanCache", "ReshardReport", "UnsupportedReshard", "plan_reshard", "reshard"]
 

@@ -10,7 +10,7 @@ import torch
 from copus_ext.adapters.agreement import largest
 from copus_ext.adapters.job_memory import Side
 from copus_ext.adapters.world import whole_world
-from copus_ext.core.streaming import Stream
+from copus_ext.core.reshard.streaming import Stream
 
 
 def has_to_be_staged(plan: Stream, old: Side, new: Side) -> bool:

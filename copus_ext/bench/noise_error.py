@@ -17,9 +17,9 @@ from copus_ext.adapters.noise.gradient_noise import GradientNoise
 from copus_ext.adapters.noise.norm_layers import is_norm
 from copus_ext.adapters.noise.parameters import counted_parameters
 from copus_ext.bench.workbench import Workbench
-from copus_ext.core.correction import RunningCorrection
-from copus_ext.core.noise_scale import StepEstimate
-from copus_ext.core.student import NORMAL_QUANTILE_975
+from copus_ext.core.noise.correction import RunningCorrection
+from copus_ext.core.noise.noise_scale import StepEstimate
+from copus_ext.core.noise.student import NORMAL_QUANTILE_975
 
 _FULL_EVERY = 16  # as a run measures norm layers
 

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from copus_ext.adapters.snapshot import Snapshot
-from copus_ext.core.critical_batch import Interval
-from copus_ext.core.critical_batch_report import format_measurements, write_results
-from copus_ext.core.critical_batch_result import BranchedPoint, Measurement, measure
+from copus_ext.core.efficiency.critical_batch import Interval
+from copus_ext.core.efficiency.critical_batch_result import BranchedPoint, Measurement, measure
+from copus_ext.core.efficiency.loss_curves import BranchCurve
 from copus_ext.core.errors import UserError
-from copus_ext.core.loss_curves import BranchCurve
 from copus_ext.core.plan import Plan
+from copus_ext.core.planner.policy import make_policy
 from copus_ext.core.policies.base import PolicySettings
-from copus_ext.core.policy import make_policy
+from copus_ext.core.report.critical_batch import format_measurements, write_results
 from copus_ext.run.branch_flags import BranchSettings, check_room
 from copus_ext.run.branching import Branches, Iterators
 from copus_ext.run.config import CopusConfig

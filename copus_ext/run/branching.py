@@ -16,7 +16,7 @@ from megatron.training import get_signal_handler, training
 from copus_ext.adapters.agreement import largest
 from copus_ext.adapters.snapshot import Snapshot
 from copus_ext.core.errors import UserError
-from copus_ext.core.noise_tracker import NoiseTracker
+from copus_ext.core.noise.noise_tracker import NoiseTracker
 from copus_ext.core.plan import Plan
 from copus_ext.run import gpt
 from copus_ext.run.progress import steps_until

@@ -6,9 +6,10 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from copus_ext.core.betas import BETA_RULES, KEPT, check_beta_rule
+from copus_ext.core.cost.hardware_file import MEASURED, load_hardware, shipped_hardware
+from copus_ext.core.cost.throughput_table import ThroughputTable, read_table
 from copus_ext.core.errors import UserError
-from copus_ext.core.grouping import (
+from copus_ext.core.noise.grouping import (
     ADAM,
     AUTO,
     ESTIMATORS,
@@ -17,15 +18,14 @@ from copus_ext.core.grouping import (
     why_unmeasurable_in_a_run,
     with_inner_products,
 )
-from copus_ext.core.hardware_file import MEASURED, load_hardware, shipped_hardware
-from copus_ext.core.learning_rate import LR_RULES, learning_rate_factor
-from copus_ext.core.objective import GOODPUT, PAPER, parse_objective
 from copus_ext.core.plan import Plan
+from copus_ext.core.planner.betas import BETA_RULES, KEPT, check_beta_rule
+from copus_ext.core.planner.learning_rate import LR_RULES, learning_rate_factor
+from copus_ext.core.planner.objective import GOODPUT, PAPER, parse_objective
+from copus_ext.core.planner.policy import POLICIES, make_policy
+from copus_ext.core.planner.space import Space, parse_space
+from copus_ext.core.planner.switch_rule import AMORTISED, THRESHOLD, parse_switch_rule
 from copus_ext.core.policies.base import Policy, PolicySettings
-from copus_ext.core.policy import POLICIES, make_policy
-from copus_ext.core.space import Space, parse_space
-from copus_ext.core.switch_rule import AMORTISED, THRESHOLD, parse_switch_rule
-from copus_ext.core.throughput_table import ThroughputTable, read_table
 
 TABLE_FLAG = "--copus-throughput-table"
 HARDWARE_FLAG = "--copus-hardware"

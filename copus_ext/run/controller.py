@@ -13,13 +13,13 @@ from copus_ext.adapters.agreement import largest
 from copus_ext.adapters.job import Job
 from copus_ext.adapters.measure import forget_peak_memory, peak_memory
 from copus_ext.adapters.noise.gradient_noise import GradientNoise
-from copus_ext.core.deciding import decide
-from copus_ext.core.decision import Probe
-from copus_ext.core.grouping import StepShape, why_unmeasurable_in_a_run
-from copus_ext.core.knowledge import Knowledge
-from copus_ext.core.noise_tracker import MeasuredStep
+from copus_ext.core.cost.plan_table import PlanTable
+from copus_ext.core.noise.grouping import StepShape, why_unmeasurable_in_a_run
+from copus_ext.core.noise.noise_tracker import MeasuredStep
 from copus_ext.core.plan import Plan
-from copus_ext.core.plan_table import PlanTable
+from copus_ext.core.planner.deciding import decide
+from copus_ext.core.planner.decision import Probe
+from copus_ext.core.planner.knowledge import Knowledge
 from copus_ext.run.config import CopusConfig
 from copus_ext.run.knowledge import save_knowledge
 from copus_ext.run.noise_meter import GradientMeter, NoiseMeter, NoMeter

@@ -19,17 +19,17 @@ from copus_ext.adapters.arguments import arguments_for, first_line, model_shape
 from copus_ext.adapters.job import build_job
 from copus_ext.adapters.layouts import LayoutGroups
 from copus_ext.adapters.tokenizer import make_tokenizer
-from copus_ext.core.betas import beta_at_batch
-from copus_ext.core.candidates import Candidates, infeasible_reason
+from copus_ext.core.cost.candidates import Candidates, infeasible_reason
+from copus_ext.core.cost.plan_table import PlanTable
+from copus_ext.core.cost.throughput import ThroughputModel
+from copus_ext.core.cost.throughput_table import Subject
 from copus_ext.core.errors import UserError
-from copus_ext.core.knowledge import Knowledge
-from copus_ext.core.learning_rate import ADASCALE, learning_rate_factor
 from copus_ext.core.plan import Plan
-from copus_ext.core.plan_table import PlanTable
-from copus_ext.core.report import report_run
-from copus_ext.core.space import tensor_sizes
-from copus_ext.core.throughput import ThroughputModel
-from copus_ext.core.throughput_table import Subject
+from copus_ext.core.planner.betas import beta_at_batch
+from copus_ext.core.planner.knowledge import Knowledge
+from copus_ext.core.planner.learning_rate import ADASCALE, learning_rate_factor
+from copus_ext.core.planner.space import tensor_sizes
+from copus_ext.core.report.page import report_run
 from copus_ext.run import gpt
 from copus_ext.run.config import ALWAYS, NEVER, TABLE_FLAG, CopusConfig
 from copus_ext.run.controller import Controller

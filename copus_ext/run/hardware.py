@@ -8,9 +8,9 @@ import os
 import torch
 
 from copus_ext.adapters.measure import measure_shared_cpu
+from copus_ext.core.cost.hardware import Hardware, shared_cpu
+from copus_ext.core.cost.hardware_file import MEASURED, hardware_of_gpu, in_nodes_of, load_hardware
 from copus_ext.core.errors import UserError
-from copus_ext.core.hardware import Hardware, shared_cpu
-from copus_ext.core.hardware_file import MEASURED, hardware_of_gpu, in_nodes_of, load_hardware
 from copus_ext.run.config import HARDWARE_FLAG
 
 

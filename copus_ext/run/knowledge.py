@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from copus_ext.adapters.arguments import model_shape, run_options
-from copus_ext.core.candidates import Candidates
+from copus_ext.core.cost.candidates import Candidates
+from copus_ext.core.cost.hardware import Hardware
+from copus_ext.core.cost.memory_model import MemoryModel
+from copus_ext.core.cost.throughput import ThroughputModel
 from copus_ext.core.files import write_whole
-from copus_ext.core.hardware import Hardware
-from copus_ext.core.knowledge import Knowledge, plans_avoided
-from copus_ext.core.memory_model import MemoryModel
-from copus_ext.core.noise_tracker import NoiseTracker
+from copus_ext.core.noise.noise_tracker import NoiseTracker
 from copus_ext.core.plan import Plan
-from copus_ext.core.switch_cost import first_switch_cost
-from copus_ext.core.throughput import ThroughputModel
+from copus_ext.core.planner.knowledge import Knowledge, plans_avoided
+from copus_ext.core.planner.switch_cost import first_switch_cost
 from copus_ext.run.config import CopusConfig
 
 _FILE = "copus_state.json"

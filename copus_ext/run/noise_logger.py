@@ -19,8 +19,8 @@ from copus_ext.adapters.arguments import model_shape
 from copus_ext.adapters.noise.gradient_noise import GradientNoise
 from copus_ext.core.errors import UserError
 from copus_ext.core.files import write_whole
-from copus_ext.core.grouping import StepShape, why_unmeasurable_in_a_run
-from copus_ext.core.noise_tracker import MeasuredStep, NoiseTracker
+from copus_ext.core.noise.grouping import StepShape, why_unmeasurable_in_a_run
+from copus_ext.core.noise.noise_tracker import MeasuredStep, NoiseTracker
 from copus_ext.core.plan import Plan
 from copus_ext.run.config import half_life_tokens
 from copus_ext.run.knowledge import load_knowledge

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from copus_ext.adapters.noise.gradient_noise import GradientNoise
-from copus_ext.core.grouping import AUTO, LAYERNORM
-from copus_ext.core.noise_scale import StepEstimate, training_temperature
-from copus_ext.core.noise_tracker import MeasuredStep
+from copus_ext.core.noise.grouping import AUTO, LAYERNORM
+from copus_ext.core.noise.noise_scale import StepEstimate, training_temperature
+from copus_ext.core.noise.noise_tracker import MeasuredStep
 
 _STEPS_BETWEEN_FULL = 16  # of which one is measured in full, where all are measured by their norm layers
 _FULL_AT_FIRST = 8  # all of these: a correction needs as many before it is worth anything

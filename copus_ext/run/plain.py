@@ -13,7 +13,7 @@ from megatron.training.arguments import validate_args
 from megatron.training.global_vars import set_global_variables
 
 from copus_ext.core.errors import UserError
-from copus_ext.core.grouping import StepShape, why_unmeasurable_in_a_run
+from copus_ext.core.noise.grouping import StepShape, why_unmeasurable_in_a_run
 from copus_ext.core.plan import Plan
 from copus_ext.run import gpt
 from copus_ext.run.config import check_estimator, check_experts

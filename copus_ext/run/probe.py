@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from copus_ext.adapters.snapshot import Snapshot
-from copus_ext.core.critical_batch import fit_critical_batch
-from copus_ext.core.critical_ratio import EfficiencyRatio, from_probe
-from copus_ext.core.decision import Probe
+from copus_ext.core.efficiency.critical_batch import fit_critical_batch
+from copus_ext.core.efficiency.critical_ratio import EfficiencyRatio, from_probe
+from copus_ext.core.efficiency.loss_curves import BranchCurve
 from copus_ext.core.errors import UserError
-from copus_ext.core.explain import duration
-from copus_ext.core.loss_curves import BranchCurve
-from copus_ext.core.noise_scale import NoiseEstimate
+from copus_ext.core.noise.noise_scale import NoiseEstimate
 from copus_ext.core.plan import Plan
-from copus_ext.core.probing import EVALUATIONS
+from copus_ext.core.planner.decision import Probe
+from copus_ext.core.planner.explain import duration
+from copus_ext.core.planner.probing import EVALUATIONS
 from copus_ext.run.branching import Branches, BranchFailed, BranchStopped, Iterators
 
 if TYPE_CHECKING:

@@ -21,10 +21,10 @@ import torch.distributed as dist
 from copus_ext.adapters.agreement import largest
 from copus_ext.adapters.arguments import first_line
 from copus_ext.adapters.measure import peak_memory
+from copus_ext.core.cost.throughput_table import Row, ThroughputTable, append_row, read_table, spread, visits
 from copus_ext.core.errors import UserError
 from copus_ext.core.plan import Plan, parse_plan
-from copus_ext.core.summary import format_bytes
-from copus_ext.core.throughput_table import Row, ThroughputTable, append_row, read_table, spread, visits
+from copus_ext.core.report.summary import format_bytes
 from copus_ext.run.config import CopusConfig
 from copus_ext.run.controller import Controller
 from copus_ext.run.driver import Driver, measured_subject

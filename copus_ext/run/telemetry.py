@@ -14,14 +14,14 @@ from typing import Any
 from megatron.training import get_args, get_tensorboard_writer
 from megatron.training.global_vars import get_wandb_writer
 
-from copus_ext.core.continuity import ContinuityVerdict
-from copus_ext.core.critical_ratio import CriticalRatio
+from copus_ext.core.efficiency.critical_ratio import CriticalRatio
 from copus_ext.core.events import EventLog, EventSink, NullEventLog, plain
-from copus_ext.core.knowledge import Knowledge, measured_step_json
-from copus_ext.core.noise_scale import NoiseEstimate
-from copus_ext.core.noise_tracker import MeasuredStep
+from copus_ext.core.noise.continuity import ContinuityVerdict
+from copus_ext.core.noise.noise_scale import NoiseEstimate
+from copus_ext.core.noise.noise_tracker import MeasuredStep
 from copus_ext.core.plan import Plan
-from copus_ext.core.summary import format_bytes
+from copus_ext.core.planner.knowledge import Knowledge, measured_step_json
+from copus_ext.core.report.summary import format_bytes
 from copus_ext.run.switch import SwitchReport
 from megatron.patches.training_hooks import StepResult
 

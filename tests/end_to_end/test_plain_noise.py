@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from copus_ext.core.events import read_events
-from copus_ext.core.report import report_run
+from copus_ext.core.report.page import report_run
 from tests.end_to_end.launch import MOCK, MODEL, TRAINING, Outcome, events_of, launch, losses_of, run_main
 from tests.ranks.harness import run_ranks
 

@@ -10,9 +10,9 @@ from unittest import mock
 
 import pytest
 
+from copus_ext.core.cost.throughput_table import read_table
 from copus_ext.core.errors import UserError
 from copus_ext.core.plan import Layout, Plan, plan_from_json
-from copus_ext.core.throughput_table import read_table
 from tests.end_to_end.launch import MOCK, MODEL, TRAINING, Outcome, events_of, launch, run_main
 from tests.ranks.harness import run_ranks
 

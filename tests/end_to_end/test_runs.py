@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from copus_ext.core.events import read_events
-from copus_ext.core.replay import replay
+from copus_ext.core.planner.replay import replay
 from tests.end_to_end.launch import BATCHES, MOCK, MODEL, TRAINING, Outcome, events_of, launch, losses_of, run_main
 from tests.ranks.harness import run_ranks
 

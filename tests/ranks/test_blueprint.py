@@ -9,9 +9,9 @@ from unittest import mock
 
 import pytest
 
-from copus_ext.core.geometry import Box, subtract_all
 from copus_ext.core.plan import Layout, Plan, parse_plan
-from copus_ext.core.transfer import Holding
+from copus_ext.core.reshard.geometry import Box, subtract_all
+from copus_ext.core.reshard.transfer import Holding
 from tests.ranks.harness import run_ranks, skip_without_packages
 
 _BASE = Plan(Layout(dp=4), micro_batch=1, global_batch=8)

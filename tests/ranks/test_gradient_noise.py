@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from copus_ext.core.grouping import StepShape, grouping_of
-from copus_ext.core.noise_scale import step_estimate
+from copus_ext.core.noise.grouping import StepShape, grouping_of
+from copus_ext.core.noise.noise_scale import step_estimate
 from copus_ext.core.plan import Layout, Plan
 from tests.ranks.harness import run_ranks
 

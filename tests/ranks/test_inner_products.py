@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from copus_ext.core.grouping import StepShape, grouping_of, with_inner_products
+from copus_ext.core.noise.grouping import StepShape, grouping_of, with_inner_products
 from copus_ext.core.plan import Layout, Plan
 from tests.ranks.harness import run_ranks
 from tests.ranks.test_gradient_noise import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from copus_ext.core.hardware import shared_cpu
+from copus_ext.core.cost.hardware import shared_cpu
 from tests.ranks.harness import run_ranks
 
 

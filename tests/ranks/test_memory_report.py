@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from copus_ext.core.memory import MemoryParts, memory_parts
-from copus_ext.core.model_shape import ModelShape
-from copus_ext.core.options import RunOptions
+from copus_ext.core.cost.memory import MemoryParts, memory_parts
+from copus_ext.core.cost.model_shape import ModelShape
+from copus_ext.core.cost.options import RunOptions
+from copus_ext.core.cost.plan_table import PlanTable
 from copus_ext.core.plan import Layout, Plan, parse_plan
-from copus_ext.core.plan_table import PlanTable
 from tests.ranks.harness import run_ranks
 
 _GPT = ModelShape(layers=24, hidden=2048, heads=16, kv_heads=16, ffn=8192, vocab=51200, seq=2048, param_bytes=2)

@@ -9,9 +9,9 @@ from unittest import mock
 
 import pytest
 
-from copus_ext.core.betas import beta_at_batch
-from copus_ext.core.learning_rate import learning_rate_factor
 from copus_ext.core.plan import Layout, Plan, parse_plan
+from copus_ext.core.planner.betas import beta_at_batch
+from copus_ext.core.planner.learning_rate import learning_rate_factor
 from tests.end_to_end.launch import MOCK, MODEL, Outcome, losses_of, run_main
 from tests.ranks.harness import run_ranks
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from copus_ext.core.noise_scale import step_estimate
+from copus_ext.core.noise.noise_scale import step_estimate
 
 # A gradient of five numbers: its mean, and the variances of one sequence's.
 MEAN = np.array([0.5, -0.3, 0.2, 0.0, 0.1])

@@ -9,21 +9,21 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from copus_ext.core.candidates import Candidates
-from copus_ext.core.deciding import decide
+from copus_ext.core.cost.candidates import Candidates
+from copus_ext.core.cost.hardware import shared_cpu
+from copus_ext.core.cost.memory_model import MemoryModel
+from copus_ext.core.cost.model_shape import ModelShape
+from copus_ext.core.cost.throughput import ThroughputModel
 from copus_ext.core.events import Event, plain
-from copus_ext.core.hardware import shared_cpu
-from copus_ext.core.knowledge import Knowledge, measured_step_json
-from copus_ext.core.memory_model import MemoryModel
-from copus_ext.core.model_shape import ModelShape
-from copus_ext.core.noise_tracker import MeasuredStep, NoiseTracker
+from copus_ext.core.noise.noise_tracker import MeasuredStep, NoiseTracker
+from copus_ext.core.noise.step_noise import StepEstimate
 from copus_ext.core.plan import Plan
+from copus_ext.core.planner.deciding import decide
+from copus_ext.core.planner.knowledge import Knowledge, measured_step_json
+from copus_ext.core.planner.policy import make_policy
+from copus_ext.core.planner.space import parse_space
+from copus_ext.core.planner.switch_cost import RunningMean, SwitchCost
 from copus_ext.core.policies.base import PolicySettings
-from copus_ext.core.policy import make_policy
-from copus_ext.core.space import parse_space
-from copus_ext.core.step_noise import StepEstimate
-from copus_ext.core.switch_cost import RunningMean, SwitchCost
-from copus_ext.core.throughput import ThroughputModel
 
 MODEL = ModelShape(layers=4, hidden=256, heads=8, kv_heads=8, ffn=1024, vocab=256, seq=64)
 HARDWARE = shared_cpu(cores=2, ranks=4, memory_bytes=24e9)

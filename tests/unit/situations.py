@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from copus_ext.core.candidates import Candidates
-from copus_ext.core.decision import Situation
-from copus_ext.core.hardware import shared_cpu
-from copus_ext.core.model_shape import ModelShape
-from copus_ext.core.noise_scale import NoiseEstimate
+from copus_ext.core.cost.candidates import Candidates
+from copus_ext.core.cost.hardware import shared_cpu
+from copus_ext.core.cost.model_shape import ModelShape
+from copus_ext.core.cost.throughput import ThroughputModel
+from copus_ext.core.noise.noise_scale import NoiseEstimate
 from copus_ext.core.plan import Layout, Plan
-from copus_ext.core.switch_cost import RunningMean, SwitchCost
-from copus_ext.core.throughput import ThroughputModel
+from copus_ext.core.planner.decision import Situation
+from copus_ext.core.planner.switch_cost import RunningMean, SwitchCost
 
 MODEL = ModelShape(layers=4, hidden=256, heads=8, kv_heads=8, ffn=1024, vocab=256, seq=64)
 DATA, PIPE = Layout(dp=4), Layout(pp=4)

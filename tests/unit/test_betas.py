@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from copus_ext.core.betas import beta_at_batch, check_beta_rule, steps_of_like_age
 from copus_ext.core.errors import UserError
+from copus_ext.core.planner.betas import beta_at_batch, check_beta_rule, steps_of_like_age
 
 
 @pytest.mark.parametrize("beta", [0.9, 0.95, 0.999])

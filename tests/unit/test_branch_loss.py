@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from copus_ext.core.branch_loss import Excess, end_losses, excess_losses, ratio_to_noise, tolerance_batch
-from copus_ext.core.critical_batch import Interval
-from copus_ext.core.loss_curves import BranchCurve
+from copus_ext.core.efficiency.branch_loss import Excess, end_losses, excess_losses, ratio_to_noise, tolerance_batch
+from copus_ext.core.efficiency.critical_batch import Interval
+from copus_ext.core.efficiency.loss_curves import BranchCurve
 
 LEVELS = np.array([1.0, 2.0, 3.0, 4.0])  # of four validation blocks: far apart, and the same in every branch
 UNKNOWN = (math.nan,) * 3

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from copus_ext.core.candidates import infeasible_reason
-from copus_ext.core.model_shape import ModelShape
+from copus_ext.core.cost.candidates import infeasible_reason
+from copus_ext.core.cost.model_shape import ModelShape
 from copus_ext.core.plan import Layout, Plan
-from copus_ext.core.space import Space
+from copus_ext.core.planner.space import Space
 
 MODEL = ModelShape(layers=4, hidden=64, heads=8, kv_heads=2, ffn=256, vocab=512, seq=32)
 MOE = replace(MODEL, experts=4, moe_ffn=128)

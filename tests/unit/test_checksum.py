@@ -11,8 +11,8 @@ import torch
 from copus_ext.adapters import checksum as module
 from copus_ext.adapters.checksum import Checksums
 from copus_ext.adapters.exchange import Piece
-from copus_ext.core.geometry import Box, flat_range_boxes
-from copus_ext.core.transfer import Holding
+from copus_ext.core.reshard.geometry import Box, flat_range_boxes
+from copus_ext.core.reshard.transfer import Holding
 
 CPU = torch.device("cpu")
 SHAPE = (6, 8, 5)

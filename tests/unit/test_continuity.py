@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from copus_ext.core.continuity import ContinuityCheck, ContinuityVerdict
-from copus_ext.core.student import equivalent_sigma
+from copus_ext.core.noise.continuity import ContinuityCheck, ContinuityVerdict
+from copus_ext.core.noise.student import equivalent_sigma
 from tests.unit.gaussian_noise import autocorrelated
 
 STEPS = 20

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from copus_ext.core.correction import RunningCorrection
-from copus_ext.core.noise_scale import NoiseScaleEstimator, StepEstimate
+from copus_ext.core.noise.correction import RunningCorrection
+from copus_ext.core.noise.noise_scale import NoiseScaleEstimator, StepEstimate
 from tests.unit.gaussian_noise import autocorrelated
 
 BATCH, GROUPS, SAMPLES = 8.0, 4, 8  # sequences; the full estimator has groups of two of them

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import plot_coupling as tool
-from copus_ext.core.coupling import (
+from copus_ext.core.cost.coupling import (
     DATA_SHEETS,
     EVERYTHING,
     SETUPS,
@@ -23,12 +23,12 @@ from copus_ext.core.coupling import (
     measured,
     predict,
 )
-from copus_ext.core.hardware import Hardware
-from copus_ext.core.hardware_file import load_hardware
-from copus_ext.core.model_shape import ModelShape
+from copus_ext.core.cost.hardware import Hardware
+from copus_ext.core.cost.hardware_file import load_hardware
+from copus_ext.core.cost.model_shape import ModelShape
+from copus_ext.core.cost.throughput_table import Row, Subject, ThroughputTable, append_row
 from copus_ext.core.plan import Layout, Plan
-from copus_ext.core.svg import Band, Chart, Ribbon, Series, draw_chart
-from copus_ext.core.throughput_table import Row, Subject, ThroughputTable, append_row
+from copus_ext.core.report.svg import Band, Chart, Ribbon, Series, draw_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
 WIDE, DEEP, MIXED = Layout(dp=4), Layout(dp=1, pp=4), Layout(dp=2, pp=2)

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from copus_ext.core.critical_batch import CriticalBatchFit, critical_batch_of_two, fit_critical_batch
-from copus_ext.core.loss_curves import BranchCurve, cost_after_settling, cost_from_branch
+from copus_ext.core.efficiency.critical_batch import CriticalBatchFit, critical_batch_of_two, fit_critical_batch
+from copus_ext.core.efficiency.loss_curves import BranchCurve, cost_after_settling, cost_from_branch
 
 BATCHES = (8, 16, 32, 64)
 SETTLE = 128.0

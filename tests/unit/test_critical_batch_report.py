@@ -11,10 +11,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from copus_ext.core.critical_batch import Interval
-from copus_ext.core.critical_batch_report import format_interval, format_measurements, write_results
-from copus_ext.core.critical_batch_result import BranchedPoint, Measurement, measure, ratio_spread
-from copus_ext.core.loss_curves import BranchCurve
+from copus_ext.core.efficiency.critical_batch import Interval
+from copus_ext.core.efficiency.critical_batch_result import BranchedPoint, Measurement, measure, ratio_spread
+from copus_ext.core.efficiency.loss_curves import BranchCurve
+from copus_ext.core.report.critical_batch import format_interval, format_measurements, write_results
 
 SAMPLES = np.linspace(0, 1024, 9)
 UNKNOWN = Interval(math.nan, math.nan, math.nan)

@@ -9,8 +9,8 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from copus_ext.core.critical_batch import CriticalBatchFit, Interval, fit_critical_batch
-from copus_ext.core.critical_ratio import (
+from copus_ext.core.efficiency.critical_batch import CriticalBatchFit, Interval, fit_critical_batch
+from copus_ext.core.efficiency.critical_ratio import (
     BATCH_CHANGE,
     DRIFT,
     MOST_OBSERVATIONS,
@@ -22,10 +22,10 @@ from copus_ext.core.critical_ratio import (
     from_slopes,
     log_c_grid,
 )
-from copus_ext.core.goodput import LOG_C_MEAN, LOG_C_SD, normal_quantiles, statistical_efficiency
-from copus_ext.core.loss_curves import BranchCurve
-from copus_ext.core.loss_trend import SlopeRatio
-from copus_ext.core.noise_scale import NoiseEstimate
+from copus_ext.core.efficiency.goodput import LOG_C_MEAN, LOG_C_SD, normal_quantiles, statistical_efficiency
+from copus_ext.core.efficiency.loss_curves import BranchCurve
+from copus_ext.core.efficiency.loss_trend import SlopeRatio
+from copus_ext.core.noise.noise_scale import NoiseEstimate
 
 NOISE = 30.0
 PRIOR_WIDTH = 2 * 1.959964 * LOG_C_SD

@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 
-from copus_ext.core.geometry import Box, flat_range_boxes, intersect, shift, strides, subtract, subtract_all
+from copus_ext.core.reshard.geometry import Box, flat_range_boxes, intersect, shift, strides, subtract, subtract_all
 
 
 def painted(shape: tuple[int, ...], boxes: list[Box]) -> np.ndarray:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from copus_ext.core.goodput import (
+from copus_ext.core.efficiency.goodput import (
     LOG_C_MEAN,
     LOG_C_SD,
     critical_batch,
@@ -16,7 +16,7 @@ from copus_ext.core.goodput import (
     normal_quantiles,
     statistical_efficiency,
 )
-from copus_ext.core.noise_scale import NoiseEstimate
+from copus_ext.core.noise.noise_scale import NoiseEstimate
 
 LINES = [(0.3, 0.02, 50.0), (1.0, 1.0, 8.0), (0.01, 0.5, 900.0)]  # t0 [s], t1 [s per sequence], critical batch
 

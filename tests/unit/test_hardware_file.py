@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from copus_ext.core.constants import fitted_constants
+from copus_ext.core.cost.constants import fitted_constants
+from copus_ext.core.cost.hardware import Hardware
+from copus_ext.core.cost.hardware_file import hardware_of_gpu, in_nodes_of, load_hardware, shipped_hardware
 from copus_ext.core.errors import UserError
-from copus_ext.core.hardware import Hardware
-from copus_ext.core.hardware_file import hardware_of_gpu, in_nodes_of, load_hardware, shipped_hardware
 
 WHOLE = """
 flops = 1e15

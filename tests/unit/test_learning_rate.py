@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from copus_ext.core.errors import UserError
-from copus_ext.core.learning_rate import LR_RULES, adascale_gain, learning_rate_factor
+from copus_ext.core.planner.learning_rate import LR_RULES, adascale_gain, learning_rate_factor
 
 
 def test_rules_at_four_times_the_batch_where_the_noise_scale_is_not_known() -> None:

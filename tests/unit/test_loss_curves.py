@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from copus_ext.core.loss_curves import (
+from copus_ext.core.efficiency.loss_curves import (
     BranchCurve,
     compare,
     cost_after_settling,

@@ -9,10 +9,17 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from copus_ext.core.critical_ratio import CriticalRatio, from_slopes
-from copus_ext.core.goodput import LOG_C_MEAN, LOG_C_SD, statistical_efficiency
-from copus_ext.core.loss_trend import LEAST_STEPS, SYSTEMATIC, UNSETTLED_STEPS, LossTrend, SlopeRatio, Stretch
-from copus_ext.core.noise_scale import NoiseEstimate
+from copus_ext.core.efficiency.critical_ratio import CriticalRatio, from_slopes
+from copus_ext.core.efficiency.goodput import LOG_C_MEAN, LOG_C_SD, statistical_efficiency
+from copus_ext.core.efficiency.loss_trend import (
+    LEAST_STEPS,
+    SYSTEMATIC,
+    UNSETTLED_STEPS,
+    LossTrend,
+    SlopeRatio,
+    Stretch,
+)
+from copus_ext.core.noise.noise_scale import NoiseEstimate
 from tests.unit.gaussian_noise import autocorrelated
 
 CRITICAL = 64.0

@@ -7,11 +7,11 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from copus_ext.core.memory import MemoryParts, memory_parts, peak_bytes
-from copus_ext.core.model_shape import ModelShape
-from copus_ext.core.options import RunOptions
+from copus_ext.core.cost.memory import MemoryParts, memory_parts, peak_bytes
+from copus_ext.core.cost.model_shape import ModelShape
+from copus_ext.core.cost.options import RunOptions
+from copus_ext.core.cost.plan_table import PlanTable
 from copus_ext.core.plan import Layout, Plan
-from copus_ext.core.plan_table import PlanTable
 
 # The model of Korthikanti et al. 2022: two bytes, four times wider MLP, dropout, tied embeddings, scores in memory.
 PAPER = ModelShape(layers=48, hidden=1024, heads=16, kv_heads=16, ffn=4096, vocab=512, seq=2048, param_bytes=2)

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from copus_ext.core.candidates import Candidates
-from copus_ext.core.memory import peak_bytes
-from copus_ext.core.memory_model import MOST_OF_MEMORY, MemoryModel
-from copus_ext.core.model_shape import ModelShape
+from copus_ext.core.cost.candidates import Candidates
+from copus_ext.core.cost.memory import peak_bytes
+from copus_ext.core.cost.memory_model import MOST_OF_MEMORY, MemoryModel
+from copus_ext.core.cost.model_shape import ModelShape
+from copus_ext.core.cost.plan_table import PlanTable
 from copus_ext.core.plan import Layout, Plan
-from copus_ext.core.plan_table import PlanTable
 
 MODEL = ModelShape(layers=8, hidden=64, heads=8, kv_heads=8, ffn=256, vocab=512, seq=32)
 WHOLE, HALF, SPLIT = Plan(Layout(dp=4), 4, 16), Plan(Layout(dp=4), 2, 16), Plan(Layout(tp=2, pp=2), 1, 16)

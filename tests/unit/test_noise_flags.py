@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 
-from copus_ext.core.candidates import Candidates
+from copus_ext.core.cost.candidates import Candidates
+from copus_ext.core.cost.hardware import shared_cpu
+from copus_ext.core.cost.memory_model import MemoryModel
+from copus_ext.core.cost.model_shape import ModelShape
+from copus_ext.core.cost.throughput import ThroughputModel
 from copus_ext.core.errors import UserError
 from copus_ext.core.files import write_whole
-from copus_ext.core.hardware import shared_cpu
-from copus_ext.core.knowledge import Knowledge
-from copus_ext.core.memory_model import MemoryModel
-from copus_ext.core.model_shape import ModelShape
-from copus_ext.core.noise_scale import StepEstimate
-from copus_ext.core.noise_tracker import MeasuredStep, NoiseTracker
+from copus_ext.core.noise.noise_scale import StepEstimate
+from copus_ext.core.noise.noise_tracker import MeasuredStep, NoiseTracker
 from copus_ext.core.plan import Layout, Plan
-from copus_ext.core.switch_cost import first_switch_cost
-from copus_ext.core.throughput import ThroughputModel
+from copus_ext.core.planner.knowledge import Knowledge
+from copus_ext.core.planner.switch_cost import first_switch_cost
 from copus_ext.run.config import check_estimator
 
 FLAGS: dict[str, Any] = {

@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from copus_ext.core.noise_scale import NoiseScaleEstimator, step_estimate, training_temperature
-from copus_ext.core.student import t_quantile_975
+from copus_ext.core.noise.noise_scale import NoiseScaleEstimator, step_estimate, training_temperature
+from copus_ext.core.noise.student import t_quantile_975
 from tests.unit.gaussian_noise import TRUE_N, TRUE_S, autocorrelated, draw_steps
 
 

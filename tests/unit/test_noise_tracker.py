@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from copus_ext.core.grouping import ESTIMATORS, Grouping
-from copus_ext.core.noise_scale import StepEstimate
-from copus_ext.core.noise_tracker import MeasuredStep, NoiseTracker
+from copus_ext.core.noise.grouping import ESTIMATORS, Grouping
+from copus_ext.core.noise.noise_scale import StepEstimate
+from copus_ext.core.noise.noise_tracker import MeasuredStep, NoiseTracker
 from copus_ext.core.plan import Layout, Plan
 from copus_ext.run.noise_meter import GradientMeter
 

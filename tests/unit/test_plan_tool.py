@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 import plan as tool
-from copus_ext.core.known_models import KNOWN_MODELS
-from copus_ext.core.memory import peak_bytes
-from copus_ext.core.options import RunOptions
+from copus_ext.core.cost.known_models import KNOWN_MODELS
+from copus_ext.core.cost.memory import peak_bytes
+from copus_ext.core.cost.options import RunOptions
+from copus_ext.core.cost.plan_table import PlanTable
 from copus_ext.core.plan import Layout, Plan, parse_plan
-from copus_ext.core.plan_table import PlanTable
 
 LLAMA3_8B = (
     "--num-layers 32 --hidden-size 4096 --num-attention-heads 32 --group-query-attention --num-query-groups 8 "

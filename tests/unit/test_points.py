@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from copus_ext.core.cost.points import Point, read_points
+from copus_ext.core.cost.published import POINTS, open_plans
 from copus_ext.core.errors import UserError
-from copus_ext.core.points import Point, read_points
-from copus_ext.core.published import POINTS, open_plans
 
 HEAD = "source,model,layers,hidden,heads,kv_heads,ffn,vocab,seq,gpu,n_gpus,tp,pp,vpp,cp,sp,zero1,recompute,mbs,gbs,"
 HEAD += "tflops_per_gpu,tokens_per_s_per_gpu,step_time_s,flops_kind,precision,gated,tied,stack"

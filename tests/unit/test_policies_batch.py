@@ -14,18 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from copus_ext.core.batch_change import at_batch, batches_here, fastest, grown_to
-from copus_ext.core.branch_loss import ToleranceBatch
-from copus_ext.core.candidates import Candidates
-from copus_ext.core.critical_batch import CriticalBatchFit, Interval
-from copus_ext.core.critical_batch_result import BranchedPoint, Measurement, to_json
-from copus_ext.core.decision import Situation
+from copus_ext.core.cost.candidates import Candidates
+from copus_ext.core.efficiency.branch_loss import ToleranceBatch
+from copus_ext.core.efficiency.critical_batch import CriticalBatchFit, Interval
+from copus_ext.core.efficiency.critical_batch_result import BranchedPoint, Measurement, to_json
 from copus_ext.core.errors import UserError
-from copus_ext.core.noise_scale import NoiseEstimate
+from copus_ext.core.noise.noise_scale import NoiseEstimate
+from copus_ext.core.noise.step_noise import StepEstimate
 from copus_ext.core.plan import Layout, Plan
+from copus_ext.core.planner.batch_change import at_batch, batches_here, fastest, grown_to
+from copus_ext.core.planner.decision import Situation
+from copus_ext.core.planner.policy import make_policy
 from copus_ext.core.policies.base import Policy, PolicySettings
-from copus_ext.core.policy import make_policy
-from copus_ext.core.step_noise import StepEstimate
 from tests.unit.situations import CURRENT, DATA, PIPE, line, situation
 
 STATE = situation(line(DATA, 1.0, 1 / 16) | line(PIPE, 0.1, 1 / 16), None)

@@ -8,16 +8,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from copus_ext.core.candidates import Candidates
-from copus_ext.core.decision import Decision
+from copus_ext.core.cost.candidates import Candidates
+from copus_ext.core.cost.throughput import ThroughputModel
 from copus_ext.core.errors import UserError
-from copus_ext.core.noise_scale import NoiseEstimate
+from copus_ext.core.noise.noise_scale import NoiseEstimate
 from copus_ext.core.plan import Layout, Plan
+from copus_ext.core.planner.decision import Decision
+from copus_ext.core.planner.policy import POLICIES, make_policy
+from copus_ext.core.planner.switch_rule import parse_switch_rule
 from copus_ext.core.policies.base import PolicySettings
 from copus_ext.core.policies.copus import CopusPolicy
-from copus_ext.core.policy import POLICIES, make_policy
-from copus_ext.core.switch_rule import parse_switch_rule
-from copus_ext.core.throughput import ThroughputModel
 from tests.unit.situations import CURRENT, DATA, PIPE, known, line, situation
 
 COPUS = CopusPolicy()

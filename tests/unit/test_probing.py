@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from copus_ext.core.critical_ratio import PROBE, CriticalRatio, EfficiencyRatio
-from copus_ext.core.decision import Decision, Probe, Situation
+from copus_ext.core.efficiency.critical_ratio import PROBE, CriticalRatio, EfficiencyRatio
 from copus_ext.core.plan import Layout, Plan
+from copus_ext.core.planner.decision import Decision, Probe, Situation
+from copus_ext.core.planner.switch_rule import parse_switch_rule
 from copus_ext.core.policies.copus import CopusPolicy
-from copus_ext.core.switch_rule import parse_switch_rule
 from tests.unit.situations import CURRENT, DATA, known, situation
 
 POLICY = CopusPolicy(probe_budget=0.01)

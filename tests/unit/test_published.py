@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from copus_ext.core.constants import FITTED
-from copus_ext.core.points import Point, read_points, read_rows
-from copus_ext.core.published import (
+from copus_ext.core.cost.constants import FITTED
+from copus_ext.core.cost.points import Point, read_points, read_rows
+from copus_ext.core.cost.published import (
     POINTS,
     Z90,
     Pairs,

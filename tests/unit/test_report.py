@@ -12,12 +12,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from copus_ext.core.critical_ratio import CriticalRatio
+from copus_ext.core.efficiency.critical_ratio import CriticalRatio
 from copus_ext.core.events import Event, EventLog
 from copus_ext.core.plan import Layout, Plan
-from copus_ext.core.report import write_report
-from copus_ext.core.report_ratio import critical_batch_at, ratio_story
-from copus_ext.core.svg import Axis, Band, Chart, Series, draw_chart, draw_timeline, tick_label, write_svg
+from copus_ext.core.report.page import write_report
+from copus_ext.core.report.ratio import critical_batch_at, ratio_story
+from copus_ext.core.report.svg import Axis, Band, Chart, Series, draw_chart, draw_timeline, tick_label, write_svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 

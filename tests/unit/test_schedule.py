@@ -4,7 +4,7 @@ import pytest
 
 from copus_ext.core.errors import UserError
 from copus_ext.core.plan import Layout, Plan, parse_plan
-from copus_ext.core.schedule import parse_schedule
+from copus_ext.core.planner.schedule import parse_schedule
 
 BASE = Plan(Layout(dp=4), micro_batch=2, global_batch=16)
 EXAMPLE = "0:dp4,mbs2,gbs16 4000:tp2,pp2,mbs2,gbs32"

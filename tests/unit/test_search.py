@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from copus_ext.core.candidates import infeasible_reason
-from copus_ext.core.hardware_file import load_hardware
-from copus_ext.core.known_models import KNOWN_MODELS
-from copus_ext.core.model_shape import ModelShape
-from copus_ext.core.options import RunOptions
+from copus_ext.core.cost.candidates import infeasible_reason
+from copus_ext.core.cost.hardware_file import load_hardware
+from copus_ext.core.cost.known_models import KNOWN_MODELS
+from copus_ext.core.cost.model_shape import ModelShape
+from copus_ext.core.cost.options import RunOptions
+from copus_ext.core.cost.plan_table import PlanTable
+from copus_ext.core.cost.search import MORE_RECOMPUTE, SearchResult, SearchSpace, objections, search_plans
+from copus_ext.core.cost.step_time import step_times
 from copus_ext.core.plan import RECOMPUTE_CHOICES, Layout, Plan
-from copus_ext.core.plan_table import PlanTable
-from copus_ext.core.search import MORE_RECOMPUTE, SearchResult, SearchSpace, objections, search_plans
-from copus_ext.core.step_time import step_times
 
 MODEL = ModelShape(
     layers=12,

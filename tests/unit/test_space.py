@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from copus_ext.core.candidates import infeasible_reason
+from copus_ext.core.cost.candidates import infeasible_reason
+from copus_ext.core.cost.model_shape import ModelShape
 from copus_ext.core.errors import UserError
-from copus_ext.core.grouping import (
+from copus_ext.core.noise.grouping import (
     MIN_GROUPS,
     StepShape,
     grouping_of,
@@ -16,9 +17,8 @@ from copus_ext.core.grouping import (
     why_unmeasurable,
     why_unmeasurable_in_a_run,
 )
-from copus_ext.core.model_shape import ModelShape
 from copus_ext.core.plan import Layout, Plan
-from copus_ext.core.space import parse_space
+from copus_ext.core.planner.space import parse_space
 
 MODEL = ModelShape(layers=8, hidden=64, heads=8, kv_heads=8, ffn=256, vocab=512, seq=32)
 BASE = Plan(Layout(dp=4), 2, 16)

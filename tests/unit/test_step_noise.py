@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from copus_ext.core.step_noise import inner_product_variance, step_estimate, step_variance
+from copus_ext.core.noise.step_noise import inner_product_variance, step_estimate, step_variance
 from tests.unit.gaussian_noise import MEAN, TRUE_N, TRUE_S, VARIANCES, draw_steps
 
 DRAWS = 20_000

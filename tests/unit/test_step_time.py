@@ -4,10 +4,10 @@ from dataclasses import fields, replace
 
 import pytest
 
-from copus_ext.core.hardware import Hardware, shared_cpu
-from copus_ext.core.model_shape import ModelShape
+from copus_ext.core.cost.hardware import Hardware, shared_cpu
+from copus_ext.core.cost.model_shape import ModelShape
+from copus_ext.core.cost.step_time import StepTimeParts, step_time_parts
 from copus_ext.core.plan import Layout, Plan, parse_plan
-from copus_ext.core.step_time import StepTimeParts, step_time_parts
 
 MODEL = ModelShape(layers=8, hidden=512, heads=8, kv_heads=8, ffn=2048, vocab=256, seq=64)
 LAPTOP = shared_cpu(cores=2, ranks=4, memory_bytes=24e9)

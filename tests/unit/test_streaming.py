@@ -8,9 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from copus_ext.core.geometry import Box
-from copus_ext.core.streaming import Stream, rounds, stream
-from copus_ext.core.transfer import Holding, Holdings, plan_transfer
+from copus_ext.core.reshard.geometry import Box
+from copus_ext.core.reshard.streaming import Stream, rounds, stream
+from copus_ext.core.reshard.transfer import Holding, Holdings, plan_transfer
 from tests.unit.test_transfer import ITEM_BYTES, SHAPES, carry_out, contents, random_plan, random_side
 
 Arrays = list[list[np.ndarray]]

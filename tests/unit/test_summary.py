@@ -6,7 +6,7 @@ import pytest
 
 from copus_ext.core.events import Event
 from copus_ext.core.plan import Layout, Plan
-from copus_ext.core.summary import format_summary, summarise
+from copus_ext.core.report.summary import format_summary, summarise
 
 SMALL, LARGE = "pp4,mbs1,gbs4", "dp4,mbs2,gbs32"
 

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from copus_ext.core.constants import fitted_constants
-from copus_ext.core.hardware import Hardware
-from copus_ext.core.hardware_file import load_hardware
-from copus_ext.core.model_shape import ModelShape
+from copus_ext.core.cost.constants import fitted_constants
+from copus_ext.core.cost.hardware import Hardware
+from copus_ext.core.cost.hardware_file import load_hardware
+from copus_ext.core.cost.model_shape import ModelShape
+from copus_ext.core.cost.points import read_points
+from copus_ext.core.cost.published import POINTS, hardware_of, open_plans, usable
+from copus_ext.core.cost.sweep_replay import Sweep, errors_after, predicted_best, regret_after
+from copus_ext.core.cost.throughput import ThroughputModel
 from copus_ext.core.plan import Layout, Plan
-from copus_ext.core.points import read_points
-from copus_ext.core.published import POINTS, hardware_of, open_plans, usable
-from copus_ext.core.space import Space
-from copus_ext.core.sweep_replay import Sweep, errors_after, predicted_best, regret_after
-from copus_ext.core.throughput import ThroughputModel
+from copus_ext.core.planner.space import Space
 from replay_sweeps import measured_sweep
 
 MODEL = ModelShape(32, 4096, 32, 8, 14336, 128256, 4096, gated=True, tied=False, param_bytes=2, flash_attention=True)

@@ -3,10 +3,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from copus_ext.core.hardware import shared_cpu
-from copus_ext.core.model_shape import ModelShape
+from copus_ext.core.cost.hardware import shared_cpu
+from copus_ext.core.cost.model_shape import ModelShape
 from copus_ext.core.plan import Layout, Plan
-from copus_ext.core.switch_cost import SwitchCost, first_switch_cost
+from copus_ext.core.planner.switch_cost import SwitchCost, first_switch_cost
 
 MODEL = ModelShape(layers=4, hidden=64, heads=8, kv_heads=8, ffn=256, vocab=512, seq=32)
 DATA = Plan(Layout(dp=4), 1, 8)

@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 
-from copus_ext.core.hardware import shared_cpu
-from copus_ext.core.model_shape import ModelShape
+from copus_ext.core.cost.hardware import shared_cpu
+from copus_ext.core.cost.model_shape import ModelShape
+from copus_ext.core.cost.step_time import step_time_parts
+from copus_ext.core.cost.throughput import STEP_SD, WINDOW, ThroughputModel
 from copus_ext.core.plan import Layout, Plan
-from copus_ext.core.space import Space
-from copus_ext.core.step_time import step_time_parts
-from copus_ext.core.throughput import STEP_SD, WINDOW, ThroughputModel
+from copus_ext.core.planner.space import Space
 
 MODEL = ModelShape(layers=4, hidden=256, heads=8, kv_heads=8, ffn=1024, vocab=256, seq=64)
 HARDWARE = shared_cpu(cores=2, ranks=4, memory_bytes=24e9)

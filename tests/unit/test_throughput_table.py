@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from copus_ext.core.errors import UserError
-from copus_ext.core.hardware import shared_cpu
-from copus_ext.core.model_shape import ModelShape
-from copus_ext.core.plan import Layout, Plan
-from copus_ext.core.throughput import ThroughputModel
-from copus_ext.core.throughput_table import (
+from copus_ext.core.cost.hardware import shared_cpu
+from copus_ext.core.cost.model_shape import ModelShape
+from copus_ext.core.cost.throughput import ThroughputModel
+from copus_ext.core.cost.throughput_table import (
     COLUMNS,
     Row,
     Subject,
@@ -23,6 +21,8 @@ from copus_ext.core.throughput_table import (
     spread,
     visits,
 )
+from copus_ext.core.errors import UserError
+from copus_ext.core.plan import Layout, Plan
 
 MODEL = ModelShape(layers=4, hidden=256, heads=8, kv_heads=8, ffn=1024, vocab=256, seq=64, gated=True)
 SUBJECT = Subject(MODEL, 4, "4 ranks a node, CPU with 2 cores", "optimizer=adam overlap_grad_reduce")

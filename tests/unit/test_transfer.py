@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from copus_ext.core.geometry import Box, flat_range_boxes
-from copus_ext.core.transfer import Holding, Transfer, TransferError, TransferPlan, plan_transfer
+from copus_ext.core.reshard.geometry import Box, flat_range_boxes
+from copus_ext.core.reshard.transfer import Holding, Transfer, TransferError, TransferPlan, plan_transfer
 
 SHAPES = {"embedding": (24, 6), "bias": (12,), "expert": (4, 6, 8), "scale": ()}
 ITEM_BYTES = {"embedding": 4, "bias": 8, "expert": 4, "scale": 2}

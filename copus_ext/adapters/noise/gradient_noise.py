@@ -27,7 +27,7 @@ from copus_ext.adapters.noise.sketch import Sketch
 from copus_ext.adapters.noise.square_norms import SquareNorms
 from copus_ext.adapters.noise.sums import Reduced
 from copus_ext.adapters.noise.taps import GradientTaps
-from copus_ext.core.grouping import (
+from copus_ext.core.noise.grouping import (
     ADAM,
     AUTO,
     DP_GROUPS,
@@ -40,7 +40,7 @@ from copus_ext.core.grouping import (
     why_unmeasurable,
     with_inner_products,
 )
-from copus_ext.core.step_noise import StepEstimate, inner_product_variance, step_estimate
+from copus_ext.core.noise.step_noise import StepEstimate, inner_product_variance, step_estimate
 
 if TYPE_CHECKING:  # jobs know megatron.training, which a training loop of one's own does without
     from copus_ext.adapters.job import Job

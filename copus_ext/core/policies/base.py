@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from copus_ext.core.decision import Decision, Situation
 from copus_ext.core.errors import UserError
 from copus_ext.core.plan import Plan
+from copus_ext.core.planner.decision import Decision, Situation
 
 FLAG = "--copus-policy"
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from copus_ext.core.batch_change import at_batch, batches_here, change_to, critical_batches, stay
-from copus_ext.core.decision import Decision, Situation
 from copus_ext.core.errors import UserError
 from copus_ext.core.plan import Plan
+from copus_ext.core.planner.batch_change import at_batch, batches_here, change_to, critical_batches, stay
+from copus_ext.core.planner.decision import Decision, Situation
 from copus_ext.core.policies.base import FLAG, Options, Policy, PolicySettings
 
 _TOLERANCE, _FIT = "tolerance", "fit"

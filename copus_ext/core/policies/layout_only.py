@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from copus_ext.core.plan import Plan
+from copus_ext.core.planner.switch_rule import parse_switch_rule
 from copus_ext.core.policies.base import Options, Policy, PolicySettings
 from copus_ext.core.policies.copus import CopusPolicy
-from copus_ext.core.switch_rule import parse_switch_rule
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from copus_ext.core.batch_change import grown_to, stay
-from copus_ext.core.decision import Decision, Situation
 from copus_ext.core.plan import Plan
+from copus_ext.core.planner.batch_change import grown_to, stay
+from copus_ext.core.planner.decision import Decision, Situation
 from copus_ext.core.policies.base import Options, Policy, PolicySettings
 
 DDP, FSDP, INNER_PRODUCT = "ddp", "fsdp", "inner-product"

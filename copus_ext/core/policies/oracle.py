@@ -16,18 +16,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from copus_ext.core.critical_ratio import CriticalRatio
-from copus_ext.core.decision import Decision, Situation
+from copus_ext.core.cost.throughput import WINDOW, PlanHistory, ThroughputModel
+from copus_ext.core.efficiency.critical_ratio import CriticalRatio
 from copus_ext.core.errors import UserError
 from copus_ext.core.events import Event, read_events
-from copus_ext.core.grouping import LAYERNORM
-from copus_ext.core.noise_scale import NoiseEstimate
-from copus_ext.core.objective import parse_objective
+from copus_ext.core.noise.grouping import LAYERNORM
+from copus_ext.core.noise.noise_scale import NoiseEstimate
 from copus_ext.core.plan import Plan, parse_plan
+from copus_ext.core.planner.decision import Decision, Situation
+from copus_ext.core.planner.objective import parse_objective
+from copus_ext.core.planner.switch_rule import parse_switch_rule
 from copus_ext.core.policies.base import FLAG, Options, Policy, PolicySettings
 from copus_ext.core.policies.copus import CopusPolicy
-from copus_ext.core.switch_rule import parse_switch_rule
-from copus_ext.core.throughput import WINDOW, PlanHistory, ThroughputModel
 
 WIDTH = 0.1  # of the samples recorded: the window of the centred average, half of it to either side; our choice
 _UNSETTLED = 2  # steps after each change whose time does not count

@@ -15,9 +15,9 @@ import math
 
 from copus_ext.core.errors import UserError
 from copus_ext.core.plan import Plan
+from copus_ext.core.planner.schedule import Schedule
 from copus_ext.core.policies.base import FLAG, Options, Policy, PolicySettings
 from copus_ext.core.policies.schedule import SchedulePolicy
-from copus_ext.core.schedule import Schedule
 
 RAMP_FLAG, STEPS_FLAG = "--rampup-batch-size", "--step-batch-size-schedule"
 _SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}

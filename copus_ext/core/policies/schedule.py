@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from copus_ext.core.decision import Decision, Situation
 from copus_ext.core.errors import UserError
 from copus_ext.core.plan import Plan
+from copus_ext.core.planner.decision import Decision, Situation
+from copus_ext.core.planner.schedule import Schedule, parse_schedule
 from copus_ext.core.policies.base import FLAG, Options, Policy, PolicySettings
-from copus_ext.core.schedule import Schedule, parse_schedule
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from copus_ext.core.decision import Decision, Situation
 from copus_ext.core.plan import Plan
+from copus_ext.core.planner.decision import Decision, Situation
 from copus_ext.core.policies.base import Options, Policy, PolicySettings
 
 

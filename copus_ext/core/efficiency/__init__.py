@@ -1,0 +1,1 @@
+"""What a sequence is worth at a batch size: the critical batch, c, Goodput."""

@@ -1,0 +1,1 @@
+"""From what a run knows to a decision."""

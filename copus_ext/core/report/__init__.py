@@ -1,0 +1,1 @@
+"""What is shown of a run when it has ended."""

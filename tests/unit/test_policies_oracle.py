@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.unit.situations import CURRENT, DATA, PIPE, situation
 Step = tuple[str, float, float | None, float | None]  # plan, seconds, N, S
 
 
-def record(folder: Path, steps: list[Step], **noise: Any) -> str:
+def record(folder: Path, steps: Sequence[Step], **noise: Any) -> str:
     """``events.jsonl`` of a run with these steps, the noise scale told every fourth step and at the end."""
     consumed, told = 0, []
     with EventLog(folder / "events.jsonl", clock=lambda: 0.0) as log:
@@ -118,7 +119,7 @@ def test_c_decides_what_a_batch_is_worth(tmp_path: Path) -> None:
 def test_a_record_that_cannot_be_replayed_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give --copus-policy oracle:run=DIR"):
         make_policy(PolicySettings("oracle"), CURRENT)
-    cases: list[tuple[list[Step], dict[str, str], str]] = [
+    cases: list[tuple[Sequence[Step], dict[str, str], str]] = [
         ([], {}, "no steps whose noise scale was measured"),
         ([(str(CURRENT), 1.0, None, None)], {}, "no steps whose noise scale was measured"),
         ([(str(CURRENT), 1.0, 1.0, 1.0)], {"estimator": "layernorm"}, "another estimator"),

@@ -167,6 +167,15 @@ def test_an_open_upper_end_forbids_shrinking_and_grows_by_the_lower_end() -> Non
     assert COPUS.decide(situation(seconds, opened._replace(low=128.0))).chosen.global_batch == 32
 
 
+def test_a_noise_scale_that_jumps_is_followed_a_factor_of_two_at_a_time_and_back() -> None:
+    """The best batch of steps of 1 + B / 16 s is sqrt(32 noise): 64 at 128, 16 at 8."""
+    seconds, plan, visited = line(DATA, 1.0, 1 / 16), CURRENT, []
+    for noise in (8.0, 128.0, 128.0, 128.0, 8.0, 8.0, 8.0):
+        plan = COPUS.decide(situation(seconds, known(noise), current=plan)).chosen
+        visited.append(plan.global_batch)
+    assert visited == [16, 32, 64, 64, 32, 16, 16]
+
+
 def test_one_decision_changes_the_batch_by_a_factor_of_two_at_most() -> None:
     state = situation(line(DATA, 1.0, 0.0), known(1e6))
     decision = COPUS.decide(state)

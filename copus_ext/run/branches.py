@@ -22,9 +22,10 @@ from copus_ext.core.planner.policy import make_policy
 from copus_ext.core.policies.base import PolicySettings
 from copus_ext.core.report.critical_batch import format_measurements, write_results
 from copus_ext.run.branch_flags import BranchSettings, check_room
-from copus_ext.run.branching import Branches, Iterators
+from copus_ext.run.branching import Branches
 from copus_ext.run.config import CopusConfig
 from copus_ext.run.driver import Driver
+from copus_ext.run.host import Iterators
 
 
 class BranchedRun(Driver):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron.core.rerun_state_machine import RerunDataIterator
 from megatron.training import get_signal_handler, training
@@ -19,14 +19,11 @@ from copus_ext.core.errors import UserError
 from copus_ext.core.noise.noise_tracker import NoiseTracker
 from copus_ext.core.plan import Plan
 from copus_ext.run import gpt
+from copus_ext.run.host import Host, Iterators
 from copus_ext.run.progress import steps_until
 from copus_ext.run.switch import put_in_charge
 from copus_ext.run.telemetry import Telemetry, quiet
 
-if TYPE_CHECKING:
-    from copus_ext.run.driver import Driver
-
-Iterators = tuple[Any, Any, Any]
 Progress = Callable[[int, list[float]], None]  # sequences since the start, [blocks] losses
 
 _NEVER = 10**12  # an interval in steps that no run reaches
@@ -62,22 +59,22 @@ class BranchTelemetry(Telemetry):
 
 
 class Branches:
-    """Trains and evaluates branches of a driver's job. All methods are collective over all ranks."""
+    """Trains and evaluates branches of a run's job. All methods are collective over all ranks."""
 
-    def __init__(self, driver: Driver, blocks: int) -> None:
+    def __init__(self, host: Host, blocks: int) -> None:
         """``blocks``: of validation sequences, an evaluation's global batch each, the same at every evaluation.
 
         Raises:
             UserError: there are no validation data.
         """
-        self._driver, self._blocks = driver, blocks
+        self._host, self._blocks = host, blocks
         self._ends_by: _Ending | None = None  # inside of a branch that leaves nothing behind
         self.evaluated_s = 0.0  # seconds that evaluations took
-        self._validation = self._validation_batches(driver.iterators()[1])
+        self._validation = self._validation_batches(host.iterators()[1])
 
     def _validation_batches(self, iterators: Any) -> list[list[Any]]:
         """This rank's validation micro-batches, for each model chunk, to be read again at every evaluation."""
-        args = self._driver.job.args
+        args = self._host.job.args
         if iterators is None or (isinstance(iterators, list) and None in iterators):
             raise UserError("there is no validation data to compare branches by; give --valid-data-path, or --split")
         per_block = args.eval_global_batch_size // (args.eval_micro_batch_size * args.data_parallel_size)
@@ -90,7 +87,7 @@ class Branches:
 
     def losses(self) -> list[float]:
         """[blocks] losses on the validation sequences, always the same; ``nan`` on ranks without the last stage."""
-        start, job, args = time.perf_counter(), self._driver.job, self._driver.job.args
+        start, job, args = time.perf_counter(), self._host.job, self._host.job.args
         _take_hooks_off(job.model)
         again: list[Any] = [RerunDataIterator(iter(batches)) for batches in self._validation]
         consumed, found = args.consumed_valid_samples, []
@@ -119,10 +116,10 @@ class Branches:
         Returns:
             [evaluations][blocks] losses, and what to read on with.
         """
-        driver, start = self._driver, self._driver.job.args.consumed_train_samples
-        iterators = driver.iterators() if plan == driver.job.plan else driver.switch(plan)
+        host, start = self._host, self._host.job.args.consumed_train_samples
+        iterators = host.iterators() if plan == host.job.plan else host.switch(plan)
         if iterators is None:
-            raise BranchFailed(f"no branch under {plan}: {driver.knowledge.rejected[plan]}")
+            raise BranchFailed(f"no branch under {plan}: {host.knowledge.rejected[plan]}")
         found = []
         for number in range(1, evaluations + 1):
             done = number * (samples // evaluations)
@@ -137,46 +134,46 @@ class Branches:
         Raises:
             BranchStopped: inside of :meth:`leaving_nothing`, when the run has been asked to end.
         """
-        while steps_until(args := self._driver.job.args, samples):
+        while steps_until(args := self._host.job.args, samples):
             until = samples
             if self._ends_by is not None:
                 until = min(samples, args.consumed_train_samples + _STEPS_BETWEEN_LOOKS * args.global_batch_size)
                 if self._ends_by.is_due():
                     raise BranchStopped
-            self._driver.segment(iterators, until=until, deciding=False)
+            self._host.segment(iterators, until=until, deciding=False)
 
     def go_back(self, snapshot: Snapshot) -> None:
         """Take the job back to where ``snapshot`` was taken of it."""
-        snapshot.restore(self._driver.job)
-        put_in_charge(self._driver.job, self._driver.layouts)
+        snapshot.restore(self._host.job)
+        put_in_charge(self._host.job, self._host.layouts)
 
     @contextlib.contextmanager
     def logged_apart(self, folder: Path) -> Iterator[None]:
         """A log of its own, and a noise scale measured from here on in which every sequence counts alike."""
-        driver, telemetry = self._driver, self._driver.telemetry
-        noise = NoiseTracker.start(driver.config.noise_estimator, half_life_tokens=math.inf)
-        known = replace(driver.knowledge, noise=noise)
-        driver.telemetry = BranchTelemetry(folder, telemetry.leads, None, known)
+        host, telemetry = self._host, self._host.telemetry
+        noise = NoiseTracker.start(host.config.noise_estimator, half_life_tokens=math.inf)
+        known = replace(host.knowledge, noise=noise)
+        host.telemetry = BranchTelemetry(folder, telemetry.leads, None, known)
         try:
-            driver.log_start()
+            host.log_start()
             yield
-            driver.telemetry.event("run_end", status="finished")
+            host.telemetry.event("run_end", status="finished")
         finally:
-            driver.telemetry.close()
-            driver.telemetry = telemetry
+            host.telemetry.close()
+            host.telemetry = telemetry
 
     @contextlib.contextmanager
     def leaving_nothing(self) -> Iterator[None]:
         """Without checkpoints, log lines and exits of upstream's. A snapshot has to be restored behind the block."""
-        driver, args = self._driver, self._driver.job.args
+        host, args = self._host, self._host.job.args
         self._ends_by = _Ending(args.exit_signal_handler, args.exit_duration_in_mins)
         # All branches read the same validation micro-batches, whatever their own are.
-        driver.in_branch = {**_NOT_IN_A_BRANCH, "eval_micro_batch_size": args.eval_micro_batch_size}
-        vars(args).update(driver.in_branch)
+        host.in_branch = {**_NOT_IN_A_BRANCH, "eval_micro_batch_size": args.eval_micro_batch_size}
+        vars(args).update(host.in_branch)
         try:
             yield
         finally:
-            driver.in_branch, self._ends_by = {}, None
+            host.in_branch, self._ends_by = {}, None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch.distributed as dist
 
@@ -21,30 +21,13 @@ from copus_ext.core.planner.deciding import decide
 from copus_ext.core.planner.decision import Probe
 from copus_ext.core.planner.knowledge import Knowledge
 from copus_ext.run.config import CopusConfig
+from copus_ext.run.host import Host
 from copus_ext.run.knowledge import save_knowledge
 from copus_ext.run.noise_meter import GradientMeter, NoiseMeter, NoMeter
 from copus_ext.run.progress import steps_until
-from copus_ext.run.telemetry import Telemetry
 from megatron.patches.training_hooks import Observer, StepResult
 
 _NOTEWORTHY = 1.01  # growth of a plan's peak memory that is worth an event
-
-
-class Host(Protocol):
-    """Whose job is controlled."""
-
-    job: Job
-    config: CopusConfig
-    telemetry: Telemetry
-
-    def refusal_of(self, plan: Plan) -> str | None:
-        """Why upstream can't run a plan."""
-
-    def prepare(self, plan: Plan) -> None:
-        """Have a switch to a plan ready. Collective."""
-
-    def follow_noise(self) -> None:
-        """Let learning rates be what they are by the noise scale that has become known."""
 
 
 class Controller(Observer):

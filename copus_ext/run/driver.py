@@ -35,14 +35,13 @@ from copus_ext.run.config import ALWAYS, NEVER, TABLE_FLAG, CopusConfig
 from copus_ext.run.controller import Controller
 from copus_ext.run.data import Data
 from copus_ext.run.hardware import describe_hardware
+from copus_ext.run.host import Iterators
 from copus_ext.run.knowledge import carried_on, first_knowledge, load_knowledge
 from copus_ext.run.probe import make_probe
 from copus_ext.run.progress import steps_beyond, steps_until
 from copus_ext.run.switch import NoMemory, Switcher, SwitchFailed, change_rates
 from copus_ext.run.telemetry import Telemetry, quiet
 from megatron.patches.training_hooks import observing
-
-Iterators = tuple[Any, Any, Any]
 
 _NOTICED_S = 0.01  # what is ready already takes less, and is no event
 _ROOMY = 0.5  # of a device's memory: a plan predicted to take no more is not rehearsed

@@ -28,6 +28,7 @@ from copus_ext.core.report.summary import format_bytes
 from copus_ext.run.config import CopusConfig
 from copus_ext.run.controller import Controller
 from copus_ext.run.driver import Driver, measured_subject
+from copus_ext.run.host import Iterators
 from copus_ext.run.telemetry import Telemetry
 from megatron.patches.training_hooks import StepResult
 
@@ -37,7 +38,6 @@ _MOST_TRIES = 40  # while fp16 looks for its loss scale, a few tens of steps are
 # Where samples begin anew once they are used up: what is trained on does not matter. 0 means "unknown" to upstream.
 _SECOND_SAMPLE = 1
 _RATES = ("lr", "min_lr", "lr_warmup_init", "decoupled_lr", "decoupled_min_lr")
-Iterators = tuple[Any, Any, Any]
 
 
 def add_profile_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

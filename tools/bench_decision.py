@@ -22,10 +22,10 @@ from copus_ext.core.noise.noise_tracker import MeasuredStep, NoiseTracker
 from copus_ext.core.noise.step_noise import StepEstimate
 from copus_ext.core.plan import Layout, Plan
 from copus_ext.core.planner.knowledge import Knowledge, measured_step_json
-from copus_ext.core.planner.policy import make_policy
+from copus_ext.core.planner.policy import PolicySettings
+from copus_ext.core.planner.registry import make_policy
 from copus_ext.core.planner.space import parse_space
 from copus_ext.core.planner.switch_cost import first_switch_cost
-from copus_ext.core.policies.base import PolicySettings
 
 _MODEL = ModelShape(layers=40, hidden=5120, heads=40, kv_heads=40, ffn=20480, vocab=51200, seq=2048, param_bytes=2)
 _SPACE = "recompute=any zero1=any vpp=any mbs=1,2,4,8 gbs=16..16384"

@@ -60,8 +60,8 @@ def _replay(flags: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from copus_ext.core.planner.policy import POLICIES
-    from copus_ext.core.policies.base import PolicySettings
+    from copus_ext.core.planner.policy import PolicySettings
+    from copus_ext.core.planner.registry import POLICIES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, help="what --copus-dir was")

@@ -18,8 +18,8 @@ from copus_ext.core.efficiency.critical_batch_result import BranchedPoint, Measu
 from copus_ext.core.efficiency.loss_curves import BranchCurve
 from copus_ext.core.errors import UserError
 from copus_ext.core.plan import Plan
-from copus_ext.core.planner.policy import make_policy
-from copus_ext.core.policies.base import PolicySettings
+from copus_ext.core.planner.policy import PolicySettings
+from copus_ext.core.planner.registry import make_policy
 from copus_ext.core.report.critical_batch import format_measurements, write_results
 from copus_ext.run.branch_flags import BranchSettings, check_room
 from copus_ext.run.branching import Branches

@@ -22,10 +22,10 @@ from copus_ext.core.plan import Plan
 from copus_ext.core.planner.betas import BETA_RULES, KEPT, check_beta_rule
 from copus_ext.core.planner.learning_rate import LR_RULES, learning_rate_factor
 from copus_ext.core.planner.objective import GOODPUT, PAPER, parse_objective
-from copus_ext.core.planner.policy import POLICIES, make_policy
+from copus_ext.core.planner.policy import Policy, PolicySettings
+from copus_ext.core.planner.registry import POLICIES, make_policy
 from copus_ext.core.planner.space import Space, parse_space
 from copus_ext.core.planner.switch_rule import AMORTISED, THRESHOLD, parse_switch_rule
-from copus_ext.core.policies.base import Policy, PolicySettings
 
 TABLE_FLAG = "--copus-throughput-table"
 HARDWARE_FLAG = "--copus-hardware"

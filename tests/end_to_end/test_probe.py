@@ -9,9 +9,9 @@ from unittest import mock
 from copus_ext.core.events import read_events
 from copus_ext.core.plan import Plan
 from copus_ext.core.planner.decision import Decision, Probe, Situation
+from copus_ext.core.planner.policy import Policy, PolicySettings
 from copus_ext.core.planner.replay import replay
 from copus_ext.core.policies import static
-from copus_ext.core.policies.base import Policy, PolicySettings
 from copus_ext.core.policies.static import StaticPolicy
 from tests.end_to_end.launch import MOCK, MODEL, TRAINING, Outcome, events_of, losses_of, run_main
 from tests.ranks.harness import run_ranks

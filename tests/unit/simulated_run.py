@@ -20,10 +20,10 @@ from copus_ext.core.noise.step_noise import StepEstimate
 from copus_ext.core.plan import Plan
 from copus_ext.core.planner.deciding import decide
 from copus_ext.core.planner.knowledge import Knowledge, measured_step_json
-from copus_ext.core.planner.policy import make_policy
+from copus_ext.core.planner.policy import PolicySettings
+from copus_ext.core.planner.registry import make_policy
 from copus_ext.core.planner.space import parse_space
 from copus_ext.core.planner.switch_cost import RunningMean, SwitchCost
-from copus_ext.core.policies.base import PolicySettings
 
 MODEL = ModelShape(layers=4, hidden=256, heads=8, kv_heads=8, ffn=1024, vocab=256, seq=64)
 HARDWARE = shared_cpu(cores=2, ranks=4, memory_bytes=24e9)

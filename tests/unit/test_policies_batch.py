@@ -24,8 +24,8 @@ from copus_ext.core.noise.step_noise import StepEstimate
 from copus_ext.core.plan import Layout, Plan
 from copus_ext.core.planner.batch_change import at_batch, batches_here, fastest, grown_to
 from copus_ext.core.planner.decision import Situation
-from copus_ext.core.planner.policy import make_policy
-from copus_ext.core.policies.base import Policy, PolicySettings
+from copus_ext.core.planner.policy import Policy, PolicySettings
+from copus_ext.core.planner.registry import make_policy
 from tests.unit.situations import CURRENT, DATA, PIPE, line, situation
 
 STATE = situation(line(DATA, 1.0, 1 / 16) | line(PIPE, 0.1, 1 / 16), None)

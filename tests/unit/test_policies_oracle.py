@@ -14,8 +14,8 @@ from copus_ext.core.errors import UserError
 from copus_ext.core.events import EventLog
 from copus_ext.core.noise.noise_scale import NoiseEstimate
 from copus_ext.core.plan import Layout, Plan
-from copus_ext.core.planner.policy import make_policy
-from copus_ext.core.policies.base import PolicySettings
+from copus_ext.core.planner.policy import PolicySettings
+from copus_ext.core.planner.registry import make_policy
 from copus_ext.core.policies.copus import CopusPolicy
 from copus_ext.core.policies.oracle import WIDTH, OraclePolicy, Truth, read_truth
 from tests.unit.situations import CURRENT, DATA, PIPE, situation

@@ -9,8 +9,8 @@ from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatch
 
 from copus_ext.core.errors import UserError
 from copus_ext.core.plan import Layout, Plan
-from copus_ext.core.planner.policy import make_policy
-from copus_ext.core.policies.base import Policy, PolicySettings
+from copus_ext.core.planner.policy import Policy, PolicySettings
+from copus_ext.core.planner.registry import make_policy
 from tests.unit.situations import situation
 
 ONE = Layout()

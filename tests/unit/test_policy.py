@@ -14,9 +14,9 @@ from copus_ext.core.errors import UserError
 from copus_ext.core.noise.noise_scale import NoiseEstimate
 from copus_ext.core.plan import Layout, Plan
 from copus_ext.core.planner.decision import Decision
-from copus_ext.core.planner.policy import POLICIES, make_policy
+from copus_ext.core.planner.policy import PolicySettings
+from copus_ext.core.planner.registry import POLICIES, make_policy
 from copus_ext.core.planner.switch_rule import parse_switch_rule
-from copus_ext.core.policies.base import PolicySettings
 from copus_ext.core.policies.copus import CopusPolicy
 from tests.unit.situations import CURRENT, DATA, PIPE, known, line, situation
 

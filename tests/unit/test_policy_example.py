@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from copus_ext.core.plan import Plan
-from copus_ext.core.policies.base import Options, Policy, PolicySettings
+from copus_ext.core.planner.policy import Options, Policy, PolicySettings
 from tests.unit.situations import CURRENT, DATA, line, situation
 
 DOCS = Path(__file__).parents[2] / "docs" / "policies.md"

@@ -16,9 +16,9 @@ from copus_ext.core.noise.noise_tracker import MeasuredStep
 from copus_ext.core.noise.step_noise import StepEstimate
 from copus_ext.core.plan import Layout, Plan
 from copus_ext.core.planner.knowledge import Knowledge, measured_step_from_json, measured_step_json
+from copus_ext.core.planner.policy import PolicySettings
 from copus_ext.core.planner.replay import replay
 from copus_ext.core.planner.space import parse_space
-from copus_ext.core.policies.base import PolicySettings
 from copus_ext.run.knowledge import carried_on
 from tests.unit.simulated_run import MODEL, World, plans_of, simulate
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from copus_ext.core.plan import Plan
 from copus_ext.core.planner.decision import Decision, Situation
-from copus_ext.core.policies.base import Policy
+from copus_ext.core.planner.policy import Policy
 
 
 def decide(

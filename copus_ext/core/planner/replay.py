@@ -14,9 +14,9 @@ from copus_ext.core.plan import plan_from_json
 from copus_ext.core.planner.deciding import decide
 from copus_ext.core.planner.decision import Decision
 from copus_ext.core.planner.knowledge import Knowledge, plans_avoided
-from copus_ext.core.planner.policy import make_policy
+from copus_ext.core.planner.policy import Policy, PolicySettings
+from copus_ext.core.planner.registry import make_policy
 from copus_ext.core.planner.space import parse_space
-from copus_ext.core.policies.base import Policy, PolicySettings
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from copus_ext.core.efficiency.goodput import has_upper_bound
 from copus_ext.core.plan import Layout, Plan
 from copus_ext.core.planner.batch_change import batches_here, change_to, critical_batches, fastest, first_possible, stay
 from copus_ext.core.planner.decision import Decision, Situation
-from copus_ext.core.policies.base import Options, Policy, PolicySettings
+from copus_ext.core.planner.policy import Options, Policy, PolicySettings
 
 GIVEN, PESSIMISTIC, OPTIMISTIC = "given", "pessimistic", "optimistic"
 

@@ -21,7 +21,7 @@ from copus_ext.core.errors import UserError
 from copus_ext.core.plan import Plan
 from copus_ext.core.planner.batch_change import at_batch, batches_here, change_to, critical_batches, stay
 from copus_ext.core.planner.decision import Decision, Situation
-from copus_ext.core.policies.base import FLAG, Options, Policy, PolicySettings
+from copus_ext.core.planner.policy import FLAG, Options, Policy, PolicySettings
 
 _TOLERANCE, _FIT = "tolerance", "fit"
 _ROUNDING = 1e-9  # relative: a measured 64 that logarithms made 63.99... allows 64

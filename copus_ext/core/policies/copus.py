@@ -18,9 +18,9 @@ from copus_ext.core.planner.decision import Decision, Situation
 from copus_ext.core.planner.explain import explain, explain_trial
 from copus_ext.core.planner.objective import Objective, parse_objective
 from copus_ext.core.planner.outlook import Limits, Outlook, look, scores
+from copus_ext.core.planner.policy import Options, Policy, PolicySettings
 from copus_ext.core.planner.probing import ProbePlan, worthwhile_probe
 from copus_ext.core.planner.switch_rule import SwitchRule, parse_switch_rule
-from copus_ext.core.policies.base import Options, Policy, PolicySettings
 
 _TRIAL_WORTH = 0.01  # of the time left: a trial that is expected to win less is not worth the unrest
 _NEAR = -0.05  # gain from which on a plan is made ready

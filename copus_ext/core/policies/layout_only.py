@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from copus_ext.core.plan import Plan
+from copus_ext.core.planner.policy import Options, Policy, PolicySettings
 from copus_ext.core.planner.switch_rule import parse_switch_rule
-from copus_ext.core.policies.base import Options, Policy, PolicySettings
 from copus_ext.core.policies.copus import CopusPolicy
 
 

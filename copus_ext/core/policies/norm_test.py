@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from copus_ext.core.plan import Plan
 from copus_ext.core.planner.batch_change import grown_to, stay
 from copus_ext.core.planner.decision import Decision, Situation
-from copus_ext.core.policies.base import Options, Policy, PolicySettings
+from copus_ext.core.planner.policy import Options, Policy, PolicySettings
 
 DDP, FSDP, INNER_PRODUCT = "ddp", "fsdp", "inner-product"
 

@@ -25,8 +25,8 @@ from copus_ext.core.noise.noise_scale import NoiseEstimate
 from copus_ext.core.plan import Plan, parse_plan
 from copus_ext.core.planner.decision import Decision, Situation
 from copus_ext.core.planner.objective import parse_objective
+from copus_ext.core.planner.policy import FLAG, Options, Policy, PolicySettings
 from copus_ext.core.planner.switch_rule import parse_switch_rule
-from copus_ext.core.policies.base import FLAG, Options, Policy, PolicySettings
 from copus_ext.core.policies.copus import CopusPolicy
 
 WIDTH = 0.1  # of the samples recorded: the window of the centred average, half of it to either side; our choice

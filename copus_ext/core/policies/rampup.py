@@ -15,8 +15,8 @@ import math
 
 from copus_ext.core.errors import UserError
 from copus_ext.core.plan import Plan
+from copus_ext.core.planner.policy import FLAG, Options, Policy, PolicySettings
 from copus_ext.core.planner.schedule import Schedule
-from copus_ext.core.policies.base import FLAG, Options, Policy, PolicySettings
 from copus_ext.core.policies.schedule import SchedulePolicy
 
 RAMP_FLAG, STEPS_FLAG = "--rampup-batch-size", "--step-batch-size-schedule"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from copus_ext.core.errors import UserError
 from copus_ext.core.plan import Plan
 from copus_ext.core.planner.decision import Decision, Situation
+from copus_ext.core.planner.policy import FLAG, Options, Policy, PolicySettings
 from copus_ext.core.planner.schedule import Schedule, parse_schedule
-from copus_ext.core.policies.base import FLAG, Options, Policy, PolicySettings
 
 
 @dataclass(frozen=True)

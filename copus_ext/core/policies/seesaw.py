@@ -16,7 +16,7 @@ from copus_ext.core.errors import UserError
 from copus_ext.core.plan import Plan
 from copus_ext.core.planner.batch_change import batches_here, grown_to, stay
 from copus_ext.core.planner.decision import Decision, Situation
-from copus_ext.core.policies.base import FLAG, Options, Policy, PolicySettings
+from copus_ext.core.planner.policy import FLAG, Options, Policy, PolicySettings
 
 _ROUNDING = 1e-9  # of the number of cuts: a rate that is 1/8 up to rounding is three halvings
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from copus_ext.core.plan import Plan
 from copus_ext.core.planner.decision import Decision, Situation
-from copus_ext.core.policies.base import Options, Policy, PolicySettings
+from copus_ext.core.planner.policy import Options, Policy, PolicySettings
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,7 @@ class Outlook:
     needed: Array  # [n] gain from which on a switch is made
     trial_s: Array  # [n] seconds of training that trying a plan out is expected to win; -inf where it is known
     horizon_s: float
-    critical_batches: Array | None  # equally likely values; None if nothing is known
-    critical_batch: float | None  # their median
+    critical_batch: float | None  # median; None if nothing is known
     batch_may_shrink: bool
 
     @property
@@ -74,17 +73,12 @@ def look(situation: Situation, objective: Objective, rule: SwitchRule, limits: L
     """Predict the current plan and every candidate."""
     plans = situation.candidates.with_first(situation.current)
     here = plans.row_of[situation.current]
-    steps = np.zeros(len(plans), dtype=np.int64)
-    for history in situation.throughput.histories:
-        if (row := plans.row_of.get(history.plan)) is not None:
-            steps[row] = history.steps
-    predictions = situation.throughput.predict_table(plans.table, steps)
+    predictions = situation.throughput.predict_table(plans.table, _observed_steps(plans, situation))
     batches = plans.table.global_batch
     throughput = batches / predictions.step_time_s
     log_ratio, log_sd = np.log(throughput / throughput[here]), predictions.log_ratio_sd(here)
-    critical = critical_batch_quantiles(
-        situation.noise, situation.critical_ratio.quantiles(QUANTILES, situation.consumed_samples)
-    )
+    log_c = situation.critical_ratio.quantiles(QUANTILES, situation.consumed_samples)
+    critical = critical_batch_quantiles(situation.noise, log_c)
     worth = log_ratio + objective.log_bonus(batches / batches[here])
     gain_low, gain, gain_high = gain_quantiles(worth, log_sd, batches, float(batches[here]), critical)
     horizon_s = situation.samples_left / float(throughput[here])
@@ -94,12 +88,9 @@ def look(situation: Situation, objective: Objective, rule: SwitchRule, limits: L
     barred = _barred(batches, float(batches[here]), critical is not None, may_shrink, limits.max_growth)
     allowed = ~refused & ~barred & (np.arange(len(plans)) != here)
     # A trial measures speed alone. What another batch is worth besides is taken at its lower quartile.
-    untried = allowed & (steps == 0)
     speed = log_ratio + np.log1p(_efficiency_low(batches, float(batches[here]), critical))
-    hope, fear = expected_improvement(speed[untried], log_sd[untried])
-    trial_s = np.full(len(plans), -np.inf)
-    lost = limits.trial_steps * float(predictions.step_time_s[here]) * fear
-    trial_s[untried] = horizon_s * hope - 2.0 * cost_s[untried] - lost
+    untried = allowed & (predictions.observed_steps == 0)
+    trial_s = limits.trial_steps * float(predictions.step_time_s[here])
     return Outlook(
         plans=plans,
         here=here,
@@ -113,12 +104,33 @@ def look(situation: Situation, objective: Objective, rule: SwitchRule, limits: L
         weighed=rule.weighed(gain, gain_low),
         cost_s=cost_s,
         needed=rule.needed(cost_s, horizon_s),
-        trial_s=trial_s,
+        trial_s=_won_by_trials(untried, speed, log_sd, horizon_s, 2.0 * cost_s, trial_s),
         horizon_s=horizon_s,
-        critical_batches=critical,
         critical_batch=None if critical is None else float(np.median(critical)),
         batch_may_shrink=may_shrink,
     )
+
+
+def _observed_steps(plans: Candidates, situation: Situation) -> NDArray[np.int64]:
+    """[n] steps that were measured of each plan."""
+    steps = np.zeros(len(plans), dtype=np.int64)
+    for history in situation.throughput.histories:
+        if (row := plans.row_of.get(history.plan)) is not None:
+            steps[row] = history.steps
+    return steps
+
+
+def _won_by_trials(
+    untried: Mask, speed: Array, log_sd: Array, horizon_s: float, both_ways_s: Array, trial_s: float
+) -> Array:
+    """[n] seconds that trying a plan out is expected to win; -inf where it was tried, or may not be.
+
+    ``speed`` and ``log_sd`` are of ln(speed / the present one); ``both_ways_s`` is the cost of going there and back.
+    """
+    won = np.full(untried.size, -np.inf)
+    hope, fear = expected_improvement(speed[untried], log_sd[untried])
+    won[untried] = horizon_s * hope - both_ways_s[untried] - trial_s * fear
+    return won
 
 
 def _efficiency_low(batches: Array, current: float, critical: Array | None) -> Array:

@@ -47,7 +47,7 @@ def worthwhile_probe(outlook: Outlook, situation: Situation, budget: float) -> P
         situation: what it was made from.
         budget: share of the run's time that probes may take in all.
     """
-    if budget <= 0 or not situation.can_probe or outlook.critical_batches is None or not outlook.batch_may_shrink:
+    if budget <= 0 or not situation.can_probe or outlook.critical_batch is None or not outlook.batch_may_shrink:
         return None
     wins = _wins_by_c(outlook, situation)
     known, unknown = np.maximum(wins.max(axis=0), 0.0).mean(), max(0.0, wins.mean(axis=1).max())

@@ -61,8 +61,9 @@ def set_optimizer_step(job: Job, step: int) -> None:
 def recount_steps(job: Job, before: argparse.Namespace) -> None:
     """Count the steps of Adam anew where its beta2 is not what it was under the arguments ``before``.
 
-    Adam takes from the count how much its averages have seen (:func:`~copus_ext.core.betas.steps_of_like_age`). For
-    beta1 the same count is right where both betas change by one rule.
+    Adam takes from the count how much its averages have seen
+    (:func:`~copus_ext.core.planner.betas.steps_of_like_age`). For beta1 the same count is right where both betas change
+    by one rule.
     """
     old, new = before.adam_beta2, job.args.adam_beta2
     if job.args.optimizer == "adam" and old != new and (steps := optimizer_step(job)) > 0:

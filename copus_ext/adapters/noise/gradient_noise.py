@@ -109,7 +109,7 @@ class GradientNoise:
             groups: the process groups that the model was built with.
             micro_batch_size: sequences in a micro-batch.
             num_microbatches: micro-batches that each data-parallel rank accumulates in a step.
-            estimator: one of :data:`copus_ext.core.grouping.ESTIMATORS`.
+            estimator: one of :data:`copus_ext.core.noise.grouping.ESTIMATORS`.
             min_groups: cut accumulation windows into slices until a step has so many groups, if it can be.
             first_step: number of the next step. Sketches of a step depend on it and on ``seed`` alone.
             seed: of the sketches; the same on all ranks.

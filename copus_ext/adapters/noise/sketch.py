@@ -13,7 +13,7 @@ into rows of an odd width, each of which begins at another place of the layer's 
 
 A sketched inner product is unbiased as well, but the square of one is not: the signs add to it. Where inner products
 are asked for, every gradient is sketched by several independent draws of signs, so that different ones can be
-multiplied (:func:`copus_ext.core.step_noise.inner_product_variance`).
+multiplied (:func:`copus_ext.core.noise.step_noise.inner_product_variance`).
 """
 
 from __future__ import annotations

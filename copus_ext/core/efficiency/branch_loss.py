@@ -2,8 +2,8 @@
 
 Merrill et al. 2025 (arXiv 2505.23971) call a batch critical where the loss of a branch, smoothed, at equally many
 tokens, leaves a tolerance above the run's own. Here the loss is that of the same validation sequences in every branch,
-so what is compared is paired and the level of single sequences cancels. Units as in :mod:`copus_ext.core.
-critical_batch`, whose interval for Bc becomes one for c = Bc / noise scale here.
+so what is compared is paired and the level of single sequences cancels. Units as in
+:mod:`copus_ext.core.efficiency.critical_batch`, whose interval for Bc becomes one for c = Bc / noise scale here.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class WarmupPolicy(Policy):
 
 
 def read_measurements(path: str, use: str = _TOLERANCE) -> MeasuredCriticalBatch:
-    """What ``tools/measure_critical_batch.py`` wrote (:func:`copus_ext.core.critical_batch_result.to_json`).
+    """What ``tools/measure_critical_batch.py`` wrote (:func:`copus_ext.core.efficiency.critical_batch_result.to_json`).
 
     Args:
         path: its ``critical_batch.json``.

@@ -9,8 +9,8 @@ from fractions import Fraction
 
 from copus_ext.core.errors import UserError
 from copus_ext.core.plan import Plan
+from copus_ext.run.progress import NEVER
 
-_NEVER = 10**12  # an interval in steps that no run reaches
 _LEAST_BLOCKS = 8  # resampling fewer tells little of how uncertain their mean is
 
 
@@ -90,7 +90,7 @@ def settings_from(flags: argparse.Namespace, raw: argparse.Namespace, base: Plan
 def keep_to_branches(raw: argparse.Namespace, base: Plan) -> None:
     """Switch off what a run does beside training: branches go back in time, and would write over each other's files."""
     raw.save = raw.save_interval = raw.tensorboard_dir = raw.wandb_project = raw.exit_interval = None
-    raw.eval_interval = _NEVER  # branches are evaluated at samples, not at steps
+    raw.eval_interval = NEVER  # branches are evaluated at samples, not at steps
     raw.eval_micro_batch_size = raw.eval_micro_batch_size or base.micro_batch  # the same in every branch
 
 

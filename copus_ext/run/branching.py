@@ -20,23 +20,22 @@ from copus_ext.core.noise.noise_tracker import NoiseTracker
 from copus_ext.core.plan import Plan
 from copus_ext.run import gpt
 from copus_ext.run.host import Host, Iterators
-from copus_ext.run.progress import steps_until
+from copus_ext.run.progress import NEVER, steps_until
 from copus_ext.run.switch import put_in_charge
 from copus_ext.run.telemetry import Telemetry, quiet
 
 Progress = Callable[[int, list[float]], None]  # sequences since the start, [blocks] losses
 
-_NEVER = 10**12  # an interval in steps that no run reaches
 _STEPS_BETWEEN_LOOKS = 4  # at whether the run has to end, while it is in a branch
 _NOT_IN_A_BRANCH: dict[str, Any] = {  # of upstream's arguments: what is thrown away leaves nothing behind
     "save": None,
     "save_interval": None,
-    "eval_interval": _NEVER,
+    "eval_interval": NEVER,
     "exit_interval": None,
     "exit_duration_in_mins": None,
     "exit_signal_handler": False,
-    "log_interval": _NEVER,
-    "tensorboard_log_interval": _NEVER,
+    "log_interval": NEVER,
+    "tensorboard_log_interval": NEVER,
 }
 
 

@@ -13,7 +13,6 @@ from copus_ext.adapters.agreement import largest
 from copus_ext.adapters.job import Job
 from copus_ext.adapters.measure import forget_peak_memory, peak_memory
 from copus_ext.adapters.noise.gradient_noise import GradientNoise
-from copus_ext.core.cost.plan_table import PlanTable
 from copus_ext.core.noise.grouping import StepShape, why_unmeasurable_in_a_run
 from copus_ext.core.noise.noise_tracker import MeasuredStep
 from copus_ext.core.plan import Plan
@@ -110,7 +109,7 @@ class Controller(Observer):
             return
         peak, plan, memory = largest(peak), self._job.plan, self._known.memory
         if peak > _NOTEWORTHY * dict(memory.peaks).get(plan, 0.0):
-            self._telemetry.memory(plan, peak, float(memory.predict(PlanTable.of([plan]))[0]))
+            self._telemetry.memory(plan, peak, memory.expected(plan))
 
     def _decision_is_due(self, iteration: int) -> bool:
         samples = self._args.consumed_train_samples

@@ -20,7 +20,6 @@ from copus_ext.adapters.job import build_job
 from copus_ext.adapters.layouts import LayoutGroups
 from copus_ext.adapters.tokenizer import make_tokenizer
 from copus_ext.core.cost.candidates import Candidates, infeasible_reason
-from copus_ext.core.cost.plan_table import PlanTable
 from copus_ext.core.cost.throughput import ThroughputModel
 from copus_ext.core.cost.throughput_table import Subject
 from copus_ext.core.errors import UserError
@@ -39,7 +38,7 @@ from copus_ext.run.host import Iterators
 from copus_ext.run.knowledge import carried_on, first_knowledge, load_knowledge
 from copus_ext.run.probe import make_probe
 from copus_ext.run.progress import steps_beyond, steps_until
-from copus_ext.run.switch import NoMemory, Switcher, SwitchFailed, change_rates
+from copus_ext.run.switch import LEARNING_RATES, NoMemory, Switcher, SwitchFailed, change_rates
 from copus_ext.run.telemetry import Telemetry, quiet
 from megatron.patches.training_hooks import observing
 
@@ -137,8 +136,7 @@ class Driver:
             name: beta_at_batch(self.config.beta_rule, getattr(self.raw, name), batch, base)
             for name in ("adam_beta1", "adam_beta2")
         }
-        names = ("lr", "min_lr", "lr_warmup_init", "decoupled_lr", "decoupled_min_lr")
-        rates = {name: getattr(self.raw, name) for name in names}
+        rates = {name: getattr(self.raw, name) for name in LEARNING_RATES}
         scaled = {name: rate * factor for name, rate in rates.items() if rate is not None}
         # Evaluation reads the same batches whatever the plan; a batch that every layout can share among its ranks.
         ranks = self.config.base.layout.world_size
@@ -282,8 +280,7 @@ class Driver:
             self._can_rehearse = False  # and would not next time
             self.telemetry.event("fault", kind="rehearse", message=report.not_rehearsed, plan=str(plan), parts=parts)
         if report.rehearsed_bytes is not None:
-            expected = float(self.knowledge.memory.predict(PlanTable.of([plan]))[0])
-            self.telemetry.memory(plan, report.rehearsed_bytes, expected)
+            self.telemetry.memory(plan, report.rehearsed_bytes, self.knowledge.memory.expected(plan))
         return iterators
 
     def _is_rehearsed(self, plan: Plan) -> bool:
@@ -297,7 +294,7 @@ class Driver:
             return False
         if self.config.rehearse == ALWAYS or not torch.cuda.is_available():
             return self.config.rehearse == ALWAYS
-        tight = bool(memory.predict(PlanTable.of([plan]))[0] > _ROOMY * memory.capacity)
+        tight = memory.expected(plan) > _ROOMY * memory.capacity
         return bool(largest(int(tight)))  # ranks may be on unlike devices
 
     def prepare(self, plan: Plan) -> None:

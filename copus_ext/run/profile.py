@@ -29,15 +29,15 @@ from copus_ext.run.config import CopusConfig
 from copus_ext.run.controller import Controller
 from copus_ext.run.driver import Driver, measured_subject
 from copus_ext.run.host import Iterators
+from copus_ext.run.progress import NEVER
+from copus_ext.run.switch import LEARNING_RATES
 from copus_ext.run.telemetry import Telemetry
 from megatron.patches.training_hooks import StepResult
 
 _FLAG = "--profile-out"
-_NEVER = 10**12  # an interval in steps that no job reaches
 _MOST_TRIES = 40  # while fp16 looks for its loss scale, a few tens of steps are skipped
 # Where samples begin anew once they are used up: what is trained on does not matter. 0 means "unknown" to upstream.
 _SECOND_SAMPLE = 1
-_RATES = ("lr", "min_lr", "lr_warmup_init", "decoupled_lr", "decoupled_min_lr")
 
 
 def add_profile_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -121,8 +121,8 @@ def keep_to_profile(raw: argparse.Namespace) -> None:
     """
     raw.save = raw.save_interval = raw.load = raw.pretrained_checkpoint = None
     raw.tensorboard_dir = raw.wandb_project = raw.exit_interval = None
-    raw.eval_interval = _NEVER
-    for name in _RATES:
+    raw.eval_interval = NEVER
+    for name in LEARNING_RATES:
         if getattr(raw, name) is not None:
             setattr(raw, name, 0.0)
 

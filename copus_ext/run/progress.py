@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+NEVER = 10**12  # an interval in steps that no run reaches
+
 _CARRIED = (
     "iteration",
     "curr_iteration",

@@ -27,7 +27,7 @@ from copus_ext.core.plan import Layout, Plan
 from copus_ext.run.progress import carry_progress
 
 _KEPT = 8
-_RATES = ("lr", "min_lr", "lr_warmup_init", "decoupled_lr", "decoupled_min_lr")
+LEARNING_RATES = ("lr", "min_lr", "lr_warmup_init", "decoupled_lr", "decoupled_min_lr")
 
 
 @dataclass
@@ -277,7 +277,7 @@ def change_rates(job: Job, overrides: Mapping[str, Any]) -> None:
     Upstream's ``train()`` holds on to the arguments and counts in them, so they stay the same object, and what is no
     learning rate among ``overrides`` is let be. Not collective: all ranks have to be given the same.
     """
-    rates = {name: overrides[name] for name in _RATES if name in overrides}
+    rates = {name: overrides[name] for name in LEARNING_RATES if name in overrides}
     args = copy.copy(job.args)
     vars(args).update(rates)
     tell_optimizer(job, args)

@@ -62,6 +62,10 @@ class MemoryModel:
         left_out = np.array(measured) - peak_bytes(PlanTable.of(plans), self.model, self.options)
         return np.maximum(counted + np.median(left_out), 0.0)
 
+    def expected(self, plan: Plan) -> float:
+        """Bytes on the fullest rank of one plan."""
+        return float(self.predict(PlanTable.of([plan]))[0])
+
     def objections(self, plans: Candidates) -> dict[Plan, str]:
         """Which of ``plans`` may not be tried, and why."""
         if not plans:

@@ -15,7 +15,7 @@ from copus_ext.core.cost.candidates import Candidates
 from copus_ext.core.cost.memory_model import MemoryModel
 from copus_ext.core.cost.throughput import ThroughputModel
 from copus_ext.core.efficiency.critical_batch import Interval
-from copus_ext.core.efficiency.critical_ratio import CriticalRatio, EfficiencyRatio, from_slopes
+from copus_ext.core.efficiency.critical_ratio import PROBE, CriticalRatio, EfficiencyRatio, from_slopes
 from copus_ext.core.efficiency.loss_trend import LossTrend
 from copus_ext.core.events import Event
 from copus_ext.core.noise.grouping import why_avoided
@@ -279,7 +279,7 @@ def _probe(known: Knowledge, event: Event) -> Knowledge:
     if event["log_ratio"] is None:
         return spent
     found = EfficiencyRatio(
-        "probe",
+        PROBE,
         event["start_samples"],
         event["batch_from"],
         event["batch_to"],

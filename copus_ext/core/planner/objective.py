@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from copus_ext.core.errors import UserError
+from copus_ext.core.planner.learning_rate import learning_rate_factor
 
 _FLAG = "--copus-objective"
 GOODPUT, PAPER = "goodput", "paper"
-_EXPONENTS = {"sqrt": 0.5, "linear": 1.0, "none": 0.0, "adascale": 0.5}  # of the batch, in the learning rate
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,9 @@ def parse_objective(text: str, lr_rule: str) -> Objective:
     """Read the flag; ``lr_rule``: that of ``--copus-lr-rule``, of which AdaScale is taken as for a large noise scale.
 
     Raises:
-        UserError: there is no such objective.
+        UserError: there is no such objective, or rule.
     """
     if text not in (GOODPUT, PAPER):
         raise UserError(f"{_FLAG} {text}: choose from {GOODPUT}, {PAPER}")
-    if lr_rule not in _EXPONENTS:
-        raise UserError(f"--copus-lr-rule {lr_rule}: there is no such rule; choose one of {', '.join(_EXPONENTS)}")
-    return Objective(_EXPONENTS[lr_rule]) if text == PAPER else Objective()
+    exponent = math.log2(learning_rate_factor(lr_rule, 4, 1)) / 2  # every rule is a power of the batch
+    return Objective(exponent) if text == PAPER else Objective()

@@ -53,6 +53,12 @@ class Outlook:
         """The plan in force."""
         return self.plans[self.here]
 
+    @property
+    def same_layout(self) -> Mask:
+        """[n] plans in the present layout."""
+        layouts, ids = self.plans.layouts
+        return np.asarray(ids == layouts.index(self.current.layout))
+
     def worth_s(self, gain: Array) -> Array:
         """[n] seconds of training at the current speed that a switch wins by the end of the run."""
         return (1.0 + gain) * np.maximum(0.0, self.horizon_s - self.cost_s) - self.horizon_s
@@ -109,6 +115,11 @@ def look(situation: Situation, objective: Objective, rule: SwitchRule, limits: L
         critical_batch=None if critical is None else float(np.median(critical)),
         batch_may_shrink=may_shrink,
     )
+
+
+def first_largest(values: Array, among: Mask) -> int:
+    """Number of the largest value among some; of equals, the first."""
+    return int(np.argmax(np.where(among, values, -np.inf)))
 
 
 def _observed_steps(plans: Candidates, situation: Situation) -> NDArray[np.int64]:

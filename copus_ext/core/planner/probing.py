@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from copus_ext.core.efficiency.goodput import QUANTILES, statistical_efficiency
 from copus_ext.core.planner.decision import Probe, Situation
 from copus_ext.core.planner.explain import duration
-from copus_ext.core.planner.outlook import Outlook
+from copus_ext.core.planner.outlook import Outlook, first_largest
 
 Array = NDArray[np.float64]
 
@@ -53,11 +53,11 @@ def worthwhile_probe(outlook: Outlook, situation: Situation, budget: float) -> P
     known, unknown = np.maximum(wins.max(axis=0), 0.0).mean(), max(0.0, wins.mean(axis=1).max())
     value_s, hoped = float(known - unknown), np.maximum(wins, 0.0).mean(axis=1)
     batches = outlook.plans.table.global_batch
-    rows = _same_layout(outlook) & (batches != outlook.current.global_batch) & (hoped > 0)
+    rows = outlook.allowed & outlook.same_layout & (batches != outlook.current.global_batch) & (hoped > 0)
     if not rows.any() or not value_s > 0:
         return None
-    batch = batches[int(np.argmax(np.where(rows, hoped, -np.inf)))]
-    row = int(np.argmax(np.where(rows & (batches == batch), outlook.throughput, -np.inf)))
+    batch = batches[first_largest(hoped, rows)]
+    row = first_largest(outlook.throughput, rows & (batches == batch))
     return _within_budget(outlook, situation, row, value_s, budget)
 
 
@@ -74,12 +74,6 @@ def _wins_by_c(outlook: Outlook, situation: Situation) -> Array:
     left = np.maximum(0.0, outlook.horizon_s - outlook.cost_s)
     wins = gain * left[:, None] - outlook.horizon_s
     return np.where(outlook.allowed[:, None], wins, -np.inf)
-
-
-def _same_layout(outlook: Outlook) -> NDArray[np.bool_]:
-    """[n] plans that only batch sizes have to change for."""
-    layouts, ids = outlook.plans.layouts
-    return np.asarray(outlook.allowed & (ids == layouts.index(outlook.current.layout)))
 
 
 def _within_budget(outlook: Outlook, situation: Situation, row: int, value_s: float, budget: float) -> ProbePlan | None:

@@ -51,17 +51,11 @@ class Space:
         unnamed: dict[str, Any] = {name: ANY for name in names if getattr(self, name) == GIVEN}
         return replace(self, **unnamed)
 
-    def batch_bounds(self, base: Plan) -> tuple[int, int]:
-        """Lowest and highest global batch."""
-        if self.batches:
-            return min(self.batches), max(self.batches)
-        return self.gbs or (max(1, base.global_batch // _BATCH_SPAN), base.global_batch * _BATCH_SPAN)
-
     def global_batches(self, base: Plan) -> list[int]:
         """Those that are named, or the flags' times powers of two within the bounds; the flags' among them."""
         if self.batches:
             return sorted({base.global_batch, *self.batches})
-        low, high = self.batch_bounds(base)
+        low, high = self.gbs or (max(1, base.global_batch // _BATCH_SPAN), base.global_batch * _BATCH_SPAN)
         grown = [base.global_batch << k for k in range(64) if base.global_batch << k <= high]
         shrunk = [base.global_batch >> k for k in range(1, 64) if base.global_batch >> k >= low]
         whole = [batch for batch in shrunk if base.global_batch % batch == 0]
@@ -82,7 +76,6 @@ class Space:
             recompute=_all_if_any(_or_given(self.recompute, (layout.recompute,)), RECOMPUTE_CHOICES),
             sequence_parallel=_all_if_any(_or_given(self.sp, (layout.sequence_parallel,)), (False, True)),
             distributed_optimizer=_all_if_any(_or_given(self.zero1, (layout.distributed_optimizer,)), (False, True)),
-            tp_across_nodes=True,
         )
         table = allowed_plans(model, layout.world_size, asked)
         # At tp 1 the wish for sequence parallelism says nothing, but there the flags' own plan has to be found again.

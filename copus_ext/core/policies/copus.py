@@ -11,13 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from copus_ext.core.plan import Plan
 from copus_ext.core.planner.decision import Decision, Situation
 from copus_ext.core.planner.explain import explain, explain_trial
 from copus_ext.core.planner.objective import Objective, parse_objective
-from copus_ext.core.planner.outlook import Limits, Outlook, look, scores
+from copus_ext.core.planner.outlook import Limits, Outlook, first_largest, look, scores
 from copus_ext.core.planner.policy import Options, Policy, PolicySettings
 from copus_ext.core.planner.probing import ProbePlan, worthwhile_probe
 from copus_ext.core.planner.switch_rule import SwitchRule, parse_switch_rule
@@ -93,21 +92,16 @@ def _best(outlook: Outlook) -> int | None:
         return None
     paying = outlook.allowed & (outlook.weighed > outlook.needed)
     if paying.any():
-        return _first_largest(outlook.worth_s(outlook.gain), paying)
-    return _first_largest(outlook.worth_s(outlook.weighed), outlook.allowed)
-
-
-def _first_largest(values: NDArray[np.float64], among: NDArray[np.bool_]) -> int:
-    return int(np.argmax(np.where(among, values, -np.inf)))
+        return first_largest(outlook.worth_s(outlook.gain), paying)
+    return first_largest(outlook.worth_s(outlook.weighed), outlook.allowed)
 
 
 def _upcoming(outlook: Outlook) -> Plan | None:
     """The best plan in another layout, if it comes near: to have it ready costs part of a switch."""
-    layouts, ids = outlook.plans.layouts
-    others = outlook.allowed & (ids != layouts.index(outlook.current.layout))
+    others = outlook.allowed & ~outlook.same_layout
     if not others.any():
         return None
-    best = _first_largest(outlook.gain, others)
+    best = first_largest(outlook.gain, others)
     return outlook.plans[best] if outlook.gain[best] > _NEAR else None
 
 

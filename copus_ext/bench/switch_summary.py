@@ -64,6 +64,11 @@ class Switched:
         return self.move_s / float(self.transport["best_s"])
 
     @property
+    def move_over_fresh_transport(self) -> float:
+        """The same over the best into memory that was just taken, as a switch's is."""
+        return self.move_s / float(self.transport["fresh_s"])
+
+    @property
     def bookkeeping_s(self) -> float:
         """All but moving and verifying."""
         return sum(self.seconds.get(name, 0.0) for name in ("prepare", "plan", "sync", "release"))
@@ -85,8 +90,9 @@ class Switched:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with what follows from them."""
-        derived = ("ram_s", "peak_extra_over_state", "bytes_moved_over_min", "move_over_memcpy_bound")
-        return asdict(self) | {name: getattr(self, name) for name in (*derived, "first_step_over_second")}
+        derived = ("ram_s", "peak_extra_over_state", "bytes_moved_over_min", "first_step_over_second")
+        moves = ("move_over_memcpy_bound", "move_over_fresh_transport")
+        return asdict(self) | {name: getattr(self, name) for name in (*derived, *moves)}
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,7 @@ def summarise(switches: Sequence[Switched], restarts: Sequence[Restarted]) -> di
         "peak_extra_over_rank_state_max": _of(max, [one.peak_extra_over_state for one in switches]),
         "peak_extra_over_rank_state_max_rss": _of(max, [one.peak_extra_over_state_rss for one in switches]),
         "move_over_memcpy_bound_median": _of(statistics.median, [one.move_over_memcpy_bound for one in switches]),
+        "move_over_fresh_transport_median": _of(statistics.median, [one.move_over_fresh_transport for one in switches]),
         "all_exact": all(one.exact for one in switches),
         "ram_checkpoint_all_same": all(known) if known else None,
         "switch_s_first_visit_median": _of(statistics.median, first),

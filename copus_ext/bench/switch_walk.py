@@ -144,6 +144,7 @@ def _tell(one: Switched) -> None:
         return
     ram = "" if one.ram_s is None else f", through a checkpoint in memory {one.ram_s:.2f} s"
     visit = "first time" if one.first_visit else "again"
-    moved = f"{one.move_s:.3f} s to move, at best {one.transport['best_s']:.3f}"
+    bare = f"{one.transport['best_s']:.3f}, {one.transport['fresh_s']:.3f} into fresh memory"
+    moved = f"{one.move_s:.3f} s to move, the bare bytes {bare}"
     words = f"{one.model} {one.kind}: {one.old} to {one.new} ({visit}) {one.wall_s:.2f} s, {moved}{ram}"
     print(words, file=sys.stderr, flush=True)

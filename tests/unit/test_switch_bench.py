@@ -28,7 +28,7 @@ def _switched(**other: Any) -> Switched:
         "peak_extra_over_state_counted": None,
         "first_step_s": 0.3,
         "second_step_s": 0.2,
-        "transport": {"best_s": 0.1, "median_s": 0.15, "wire_bytes": 100, "local_bytes": 0},
+        "transport": {"best_s": 0.1, "median_s": 0.15, "fresh_s": 0.25, "wire_bytes": 100, "local_bytes": 0},
     }
     return Switched(**(values | other))
 
@@ -76,7 +76,9 @@ def test_memory_is_as_the_switch_counts_it_and_else_as_the_system_does() -> None
 
 
 def test_moving_is_compared_with_the_best_transport() -> None:
-    assert summarise([_switched()], [])["move_over_memcpy_bound_median"] == pytest.approx(2.0)
+    found = summarise([_switched()], [])
+    assert found["move_over_memcpy_bound_median"] == pytest.approx(2.0)
+    assert found["move_over_fresh_transport_median"] == pytest.approx(0.8)
 
 
 def test_one_inexact_switch_shows() -> None:

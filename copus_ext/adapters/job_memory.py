@@ -63,6 +63,11 @@ class JobMemory:
         return self.kept.nbytes + self.gradients.nbytes
 
     @property
+    def moved_nbytes(self) -> int:
+        """Of these, bytes of what is moved: all but gradients and derived weights."""
+        return self.kept.nbytes - self.kept.total(self.derived)
+
+    @property
     def held(self) -> int:
         """Bytes that the job takes now."""
         return self.kept.held + self.gradients.held

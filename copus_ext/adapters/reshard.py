@@ -14,6 +14,7 @@ give, or gets nothing, and makes the same calls.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -157,24 +158,45 @@ def _planned(
     old: Job, new: Job, with_moments: bool, plans: PlanCache, chunk_bytes: int | None
 ) -> tuple[Stream, Checksums]:
     """The plan between two jobs: each rank makes it alone, from the two layouts, and is heard of if it can't."""
+    before, after = _on_every_rank(lambda: [_held_by_all(job, with_moments, plans) for job in (old, new)])
     key = (old.plan.layout, new.plan.layout, with_moments, chunk_bytes)
+    if key not in plans.moves:
+        memories = old.memory[with_moments], new.memory[with_moments]
+        in_one_buffer = _weights_in_one_buffer(old) or _weights_in_one_buffer(new)
+        room = _least_room(*memories)
+
+        def planned() -> tuple[Stream, Checksums]:
+            plan = plan_transfer(before, after, ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+            chunk = chunk_bytes or default_limit(before, after, room) // (_PARTS if in_one_buffer else 1)
+            moving = stream(plan, before, after, chunk, weights_first=in_one_buffer)
+            return moving, Checksums(plan.keys, after, MOST_MOMENTS, memories[0].device)
+
+        plans.keep(key, _on_every_rank(planned))
+    return plans.moves[key]
+
+
+def _least_room(before: JobMemory, after: JobMemory) -> int:
+    """Bytes that the larger of two jobs takes on every rank beyond what is moved. Collective."""
+    room = max(before.nbytes, after.nbytes) - max(before.moved_nbytes, after.moved_nbytes)
+    return -largest(-max(0, room))
+
+
+def _on_every_rank[Result](step: Callable[[], Result]) -> Result:
+    """What ``step`` gives on this rank, if it gives something on all. Collective.
+
+    Raises:
+        UnsupportedReshard: it failed on some rank, of whatever: the others must hear of it, or they wait forever.
+    """
     failure = None
     try:
-        before, after = (_held_by_all(job, with_moments, plans) for job in (old, new))
-        if key not in plans.moves:
-            plan = plan_transfer(before, after, ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-            checksums = Checksums(plan.keys, after, MOST_MOMENTS, old.memory[with_moments].device)
-            in_one_buffer = _weights_in_one_buffer(old) or _weights_in_one_buffer(new)
-            chunk = chunk_bytes or default_limit(before, after) // (_PARTS if in_one_buffer else 1)
-            moving = stream(plan, before, after, chunk, weights_first=in_one_buffer)
-            plans.keep(key, (moving, checksums))
+        result = step()
     except (UnsupportedReshard, TransferError) as error:
         failure = f"rank {whole_world().rank()}: {error}"
-    except Exception as error:  # the other ranks must hear of anything, or they wait forever
+    except Exception as error:
         failure = f"rank {whole_world().rank()}: {type(error).__name__}: {error}"
     if said := first_failure(failure):
         raise UnsupportedReshard(said)
-    return plans.moves[key]
+    return result
 
 
 def _weights_in_one_buffer(job: Job) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from copus_ext.core.reshard.geometry import Box
-from copus_ext.core.reshard.streaming import Stream, rounds, stream
+from copus_ext.core.reshard.streaming import Stream, default_limit, rounds, stream
 from copus_ext.core.reshard.transfer import Holding, Holdings, plan_transfer
 from tests.unit.test_transfer import ITEM_BYTES, SHAPES, carry_out, contents, random_plan, random_side
 
@@ -140,3 +140,17 @@ def test_weights_go_before_moments_where_one_buffer_has_them_all() -> None:
         last_weights = max(number for number, kind in enumerate(kinds) if "weight" in kind)
         first_moments = min(number for number, kind in enumerate(kinds) if "moments" in kind)
         assert (last_weights < first_moments) == weights_first
+
+
+def test_rounds_are_as_large_as_there_is_room() -> None:
+    mib = 2**20
+
+    def limit(held_mib: int, room_mib: int) -> int:
+        held = Holding("weight:w", Box((0,), (held_mib * mib,)), 0, (0,), 1)
+        return default_limit([[held], []], [[held], []], room_mib * mib) // mib  # the second rank has no part in it
+
+    assert limit(1, 0) == 1, "small ones would be nothing but agreeing"
+    assert limit(100, 0) == 25
+    assert limit(10_000, 0) == 64
+    assert limit(10_000, 3000) == limit(1500, 3000) == 750
+    assert limit(100_000, 50_000) == 1024

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from copus_ext.core.reshard.transfer import Holding, Holdings, Transfer, TransferPlan
 
 Array = NDArray[np.float64]
-_LIMIT, _LEAST_LIMIT = 64 * 2**20, 2**20  # bytes
+_LEAST_LIMIT, _LIMIT, _LARGEST_LIMIT = 2**20, 64 * 2**20, 2**30  # bytes
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,21 @@ def _parts(transfer: Transfer, limit_bytes: int) -> Iterator[Transfer]:
         yield from _parts(half, limit_bytes)
 
 
-def default_limit(old: Holdings, new: Holdings) -> int:
-    """So small that a round, and the memory to pack it, fits where gradients were; so large that rounds are few."""
+def default_limit(old: Holdings, new: Holdings, room_bytes: int) -> int:
+    """So small that a round, and the memory to pack it, fits where gradients were; so large that rounds are few.
+
+    Ranks agree in every round, which takes as long as hundreds of MiB take on the links within a node. Where large
+    models leave room for that much (sharded over data parallelism, a rank's moments are far smaller than its
+    gradients), a round takes a 4th of the room.
+
+    Args:
+        old: by rank, what it holds now.
+        new: by rank, what it will hold.
+        room_bytes: what the larger of the two jobs takes on every rank at least, beyond what is moved.
+    """
     held = (max(sum(h.nbytes for h in side[rank]) for side in (old, new)) for rank in range(len(old)))
-    return max(_LEAST_LIMIT, min(_LIMIT, min(filter(None, held), default=0) // 4))
+    least = min(filter(None, held), default=0)
+    return max(_LEAST_LIMIT, min(least // 4, _LIMIT), min(room_bytes // 4, _LARGEST_LIMIT))
 
 
 def _tensor(key: str) -> str:

@@ -89,12 +89,13 @@ def _planned(bench: Any, name: str, ranks: int) -> dict[str, Any]:
         args = arguments_for(bench.raw, plan, padded_vocab_size=_VOCABULARY, world_size=ranks)
         sides.append(holdings_of_layout(plan, args, with_moments=True))
         marks.append(time.perf_counter())
-    transfers = plan_transfer(*sides, ranks_per_node=_PER_NODE)
+    old, new = sides
+    transfers = plan_transfer(old, new, ranks_per_node=_PER_NODE)
     marks.append(time.perf_counter())
-    limit = default_limit(*sides, _room_bytes(sides[0], plans))
-    rounds = stream(transfers, *sides, limit).rounds
+    limit = default_limit(old, new, _room_bytes(old, plans))
+    rounds = stream(transfers, old, new, limit).rounds
     marks.append(time.perf_counter())
-    Checksums(transfers.keys, sides[1], 2, torch.device("cpu"))
+    Checksums(transfers.keys, new, 2, torch.device("cpu"))
     marks.append(time.perf_counter())
     names = ("holdings_before_s", "holdings_after_s", "transfers_s", "rounds_s", "checksums_s")
     seconds = {name: round(b - a, 3) for name, a, b in zip(names, marks, marks[1:], strict=False)}

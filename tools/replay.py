@@ -35,6 +35,9 @@ def main() -> int:
     flags = _parser().parse_args()
     try:
         return _replay(flags)
+    except BrokenPipeError:  # whoever read the decisions has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (UserError, ValueError) as error:
         print(f"replay.py: {error}", file=sys.stderr)
     except (KeyError, TypeError) as error:

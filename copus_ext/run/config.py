@@ -179,13 +179,10 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         UserError: something is wrong; the message says what to do.
     """
-    for name, least in (("copus_interval", 1), ("copus_dwell_steps", 0), ("copus_max_growth", 1)):
-        if not getattr(args, name) >= least:  # nan is none of them
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is too small; give at least {least}")
+    if args.copus_interval < 1:
+        raise UserError(f"--copus-interval {args.copus_interval} is too small; give at least 1")
     if args.copus_rehearse not in _REHEARSED:
         raise UserError(f"--copus-rehearse {args.copus_rehearse} is not known; choose from {', '.join(_REHEARSED)}")
-    if not 0 <= args.copus_probe_budget < 1:
-        raise UserError(f"--copus-probe-budget {args.copus_probe_budget:g} is a share of the run: give 0 to below 1")
     learning_rate_factor(args.copus_lr_rule, 1, 1)
     parse_objective(args.copus_objective, args.copus_lr_rule)
     parse_switch_rule(args.copus_switch_rule)
@@ -331,6 +328,11 @@ def _check_length(args: argparse.Namespace) -> None:
         )
     if not args.train_samples:
         raise UserError("--train-samples is missing; say how many sequences to train on")
+    if args.lr_warmup_samples >= (args.lr_decay_samples or args.train_samples):
+        raise UserError(
+            f"--lr-warmup-samples {args.lr_warmup_samples} does not end before the learning rate's schedule does, "
+            f"after {args.lr_decay_samples or args.train_samples} samples; warm up for fewer"
+        )
     by_steps = [n for n in ("lr_decay_iters", "lr_wsd_decay_iters") if getattr(args, n)]
     by_steps += ["lr_warmup_iters"] if args.lr_warmup_iters else []
     if by_steps:

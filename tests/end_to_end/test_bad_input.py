@@ -41,6 +41,13 @@ CASES = {
     "no data at all": ("--tokenizer-type NullTokenizer --vocab-size 126", (), "--data-path"),
     "steps instead of samples": (MOCK + "--train-iters 20", (), "--train-iters"),
     "space that is not understood": (MOCK + "--copus-space gbs=x", (), "--copus-space"),
+    "space that leaves nothing to choose from": (
+        MOCK,
+        ("--copus-space", "tp=3 gbs=8"),
+        "--copus-space leaves nothing to choose from but dp4,mbs1,gbs8",
+    ),
+    "a share above the whole": (MOCK + "--copus-probe-budget 2", (), "--copus-probe-budget 2"),
+    "warm-up until after the end": (MOCK + "--lr-warmup-samples 100000", (), "--lr-warmup-samples 100000"),
     "misspelt flag": (MOCK + "--copus-spice gbs=4..8", (), "did you mean --copus-space?"),
     "checkpoints at no interval": (MOCK + "--save /tmp/nowhere", (), "--save-interval"),
     "less than a step": (MOCK + "--train-samples 4", (), "--train-samples"),

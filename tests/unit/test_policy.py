@@ -63,7 +63,12 @@ def test_schedule_follows_its_entries() -> None:
         (PolicySettings("statik"), "did you mean static"),
         (PolicySettings("schedule"), "give --copus-schedule"),
         (PolicySettings("copus", schedule="0:dp4"), "does not follow --copus-schedule"),
-        (PolicySettings("copus:eta=1"), "no option 'eta'"),
+        (PolicySettings("copus:eta=1"), "no option 'eta'; it has none"),
+        (PolicySettings("cbs:stat=1"), "no option 'stat'; it has .*start"),
+        (PolicySettings(max_growth=0.5), "--copus-max-growth 0.5 is too small; give at least 1"),
+        (PolicySettings(max_growth=float("nan")), "--copus-max-growth nan"),
+        (PolicySettings(dwell_steps=-1), "--copus-dwell-steps -1 is too small"),
+        (PolicySettings(probe_budget=1.0), "--copus-probe-budget 1 is a share of the run"),
         (PolicySettings("copus:eta"), "name=value"),
         (PolicySettings(objective="speed"), "--copus-objective speed"),
         (PolicySettings(switch_rule="always"), "--copus-switch-rule always"),
@@ -228,8 +233,8 @@ def test_goodput_is_throughput_times_efficiency() -> None:
 def test_the_reason_says_it_in_one_sentence_with_its_numbers() -> None:
     state = situation({CURRENT: 1.0, Plan(PIPE, 1, 16): 0.99}, None, layout_cost=1.4, train_samples=1600 + 70 * 16)
     reason = COPUS.decide(state).reason
-    assert reason.startswith("stay: best gain 1.0 % (quartiles 0.")
-    assert "by dp1,pp4,mbs1,gbs16, needs 2.0 % to repay a 1.4 s switch in the 70 s left" in reason
+    assert reason.startswith("stay: nearest is dp1,pp4,mbs1,gbs16: gain 1.0 % (quartiles 0.")
+    assert ", needs 2.0 % to repay a 1.4 s switch in the 70 s left" in reason
 
 
 def test_the_same_situation_gives_the_same_decision_and_plain_json() -> None:

@@ -61,13 +61,13 @@ def test_other_settings_tell_what_would_have_been_decided() -> None:
     assert not any(each.decision.reason.startswith("switch") for each in cautious)
     static = list(replay(recorded(), {"policy": "static"}))
     assert {each.decision.reason for each in static} == {"stay: the policy is static"}
-    narrow = list(replay(recorded(), space="tp=1 pp=1 gbs=16"))
+    narrow = list(replay(recorded(), space="tp=1 pp=1 gbs=16,32"))
     assert {
         str(score.plan)
         for each in narrow
         for score in each.decision.candidates
         if each.recorded["current"] == str(BASE)
-    } == {str(BASE)}
+    } == {str(BASE), str(BASE.with_batch(32))}
 
 
 def test_a_plan_that_was_refused_on_the_way_is_refused_again() -> None:

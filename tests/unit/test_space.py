@@ -58,6 +58,13 @@ def test_every_dimension_can_be_opened() -> None:
     assert all(infeasible_reason(plan, MODEL) is None for plan in plans)
 
 
+def test_a_space_of_one_plan_leaves_nothing_to_choose_from() -> None:
+    assert BASE in parse_space("tp=1 gbs=16").candidates(BASE, MODEL).row_of
+    for text in ("tp=3", "tp=1 pp=1 mbs=2 gbs=16"):
+        with pytest.raises(UserError, match=f"--copus-space leaves nothing to choose from but {BASE} on 4 ranks"):
+            parse_space(text).candidates(BASE, MODEL)
+
+
 def test_a_batch_that_is_named_is_there() -> None:
     assert parse_space("gbs=12").global_batches(Plan(Layout(dp=4), 1, 8)) == [8, 12]
     assert parse_space("gbs=8..12").global_batches(Plan(Layout(dp=4), 1, 8)) == [8]

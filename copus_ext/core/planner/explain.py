@@ -17,13 +17,13 @@ def explain(outlook: Outlook, best: int | None, switch: bool, threshold: float |
     if math.isinf(needed):
         reason = f"stay: a {cost} switch to {plan} takes all of the {left} left"
     elif threshold is not None:
-        verb = f"switch to {plan}: gain" if switch else f"stay: best gain, by {plan}, is"
-        reason = f"{verb} {gain}, and the threshold is {percent(threshold)}"
+        verb = f"switch to {plan}" if switch else f"stay: nearest is {plan}"
+        reason = f"{verb}: gain {gain}, and the threshold is {percent(threshold)}"
     elif switch:
         reason = f"switch to {plan}: gain {gain}, and {percent(needed)} repays a {cost} switch in the {left} left"
     else:
         reason = (
-            f"stay: best gain {gain}, by {plan}, needs {percent(needed)} to repay a {cost} switch in the {left} left"
+            f"stay: nearest is {plan}: gain {gain}, needs {percent(needed)} to repay a {cost} switch in the {left} left"
         )
     return reason + _caveat(outlook)
 

@@ -72,6 +72,21 @@ class PolicySettings:
         """The policy's name alone."""
         return self.policy.partition(":")[0]
 
+    def check(self) -> None:
+        """Check the numbers, which mean the same to every policy.
+
+        Raises:
+            UserError: one that can't be.
+        """
+        for flag, number, least in (
+            ("--copus-dwell-steps", self.dwell_steps, 0),
+            ("--copus-max-growth", self.max_growth, 1),
+        ):
+            if not number >= least:  # nan is none of them
+                raise UserError(f"{flag} {number:g} is too small; give at least {least}")
+        if not 0 <= self.probe_budget < 1:
+            raise UserError(f"--copus-probe-budget {self.probe_budget:g} is a share of the run: give 0 to below 1")
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for the event log."""
         return asdict(self)
@@ -100,6 +115,7 @@ class Options:
         """
         self.policy, _, rest = text.partition(":")
         self._values: dict[str, str] = {}
+        self._known: list[str] = []
         for word in filter(None, rest.split(",")):
             name, equals, value = word.partition("=")
             if not (equals and value) or name in self._values:
@@ -108,18 +124,19 @@ class Options:
 
     def text(self, name: str) -> str | None:
         """The value as it stands; None where it was not given."""
+        self._known.append(name)
         return self._values.pop(name, None)
 
     def choice(self, name: str, choices: tuple[str, ...]) -> str:
         """One of ``choices``, the first by default."""
-        value = self._values.pop(name, choices[0])
+        value = self.text(name) or choices[0]
         if value not in choices:
             raise UserError(f"{FLAG} {self.policy}:{name}={value}: choose from {', '.join(choices)}")
         return value
 
     def positive(self, name: str, default: float) -> float:
         """A number above 0."""
-        value = self._values.pop(name, None)
+        value = self.text(name)
         if value is None:
             return default
         try:
@@ -137,4 +154,5 @@ class Options:
             UserError: there is something left.
         """
         for name in self._values:
-            raise UserError(f"{FLAG} {self.policy}: it has no option {name!r}; leave it out")
+            has = f"it has {', '.join(self._known)}" if self._known else "it has none"
+            raise UserError(f"{FLAG} {self.policy}: there is no option {name!r}; {has}")

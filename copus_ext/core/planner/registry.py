@@ -24,8 +24,9 @@ def make_policy(settings: PolicySettings, base: Plan) -> Policy:
         base: the plan of upstream's own flags.
 
     Raises:
-        UserError: no such policy, or options that it does not have.
+        UserError: no such policy, options that it does not have, or numbers that can't be.
     """
+    settings.check()
     name = settings.name
     if name not in POLICIES:
         like = difflib.get_close_matches(name, POLICIES, n=1)

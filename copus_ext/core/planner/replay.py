@@ -41,7 +41,7 @@ def _start(start: Event, changes: dict[str, Any], space: str | None) -> tuple[Po
     candidates = Candidates(())
     if policy.searches:
         asked = parse_space(start["space"] if space is None else space).opened(policy.opens)
-        candidates = asked.plans(base, ModelShape(**start["model"])).with_first(base)
+        candidates = asked.candidates(base, ModelShape(**start["model"]))
     avoided = plans_avoided(candidates, base, start["noise_estimator"])
     return policy, Knowledge.from_json(start["knowledge"], candidates, avoided)
 

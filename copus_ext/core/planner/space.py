@@ -61,6 +61,21 @@ class Space:
         whole = [batch for batch in shrunk if base.global_batch % batch == 0]
         return sorted({base.global_batch, *whole, *(batch for batch in grown if batch >= low)})
 
+    def candidates(self, base: Plan, model: ModelShape) -> Candidates:
+        """What a run that begins with ``base`` chooses from: :meth:`plans`, with ``base`` first.
+
+        Raises:
+            UserError: there is nothing else.
+        """
+        found = self.plans(base, model).with_first(base)
+        if len(found) < 2:
+            ranks = base.layout.world_size
+            raise UserError(
+                f"{_FLAG} leaves nothing to choose from but {base} on {ranks} ranks; widen it, or use a policy that "
+                "chooses nothing, such as static"
+            )
+        return found
+
     def plans(self, base: Plan, model: ModelShape) -> Candidates:
         """Every plan of this space on the ranks of ``base`` that the model allows, each once, always in one order."""
         layout = base.layout
@@ -112,6 +127,8 @@ def parse_space(text: str) -> Space:
             raise UserError(f"{_FLAG}: {word!r} is not understood; {_EXAMPLE}")
         try:
             values[name] = ANY if value == "any" and name != "gbs" else _READERS[name](value)
+        except UserError:
+            raise
         except (ValueError, KeyError):
             raise UserError(f"{_FLAG}: {value!r} are no values for {name}; {_EXAMPLE}") from None
     if isinstance(values.get("gbs"), list):
@@ -133,7 +150,7 @@ def _batches(text: str) -> tuple[int, int] | list[int]:
         return list(_numbers(text))
     bounds = (int(low), int(high))
     if not 1 <= bounds[0] <= bounds[1]:
-        raise ValueError
+        raise UserError(f"{_FLAG}: gbs={text} are no bounds; give the lower one first, 1 at least")
     return bounds
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
+from copus_ext.adapters.wire import Parcel, Wire
 from copus_ext.adapters.world import whole_world
 from copus_ext.core.reshard.geometry import strides
 from copus_ext.core.reshard.transfer import Holding, Transfer
@@ -112,31 +112,32 @@ class Exchange:
         messages = (*self._sends, *self._receives)
         return scratch.reserve(sum(m.nbytes for m in messages if not m.is_direct(scratch.device)))
 
-    def run(self) -> None:
-        """Pack, send, copy what stays, receive, unpack. Collective over the ranks that the round's transfers name."""
-        buffers = [(m, self._buffer(m)) for m in self._sends]
-        arrivals = [(m, self._buffer(m)) for m in self._receives]
-        for message, buffer in buffers:
+    def run(self, wire: Wire) -> None:
+        """Pack, send over ``wire``, copy what stays, receive, unpack. Collective over all ranks."""
+        leaving = [(m, self._buffer(m)) for m in self._sends]
+        arriving = [(m, self._buffer(m)) for m in self._receives]
+        for message, buffer in leaving:
             if not message.is_direct(self._scratch.device):
                 _pack(message, buffer)
-        world = whole_world()
-        operations = [dist.P2POp(dist.isend, buffer, message.peer, world) for message, buffer in buffers]
-        operations += [dist.P2POp(dist.irecv, buffer, message.peer, world) for message, buffer in arrivals]
-        works = dist.batch_isend_irecv(operations) if operations else []
+        wire.carry(_parcels(leaving), _parcels(arriving), self._copy_what_stays)
+        for message, buffer in arriving:
+            if not message.is_direct(self._scratch.device):
+                _unpack(message, buffer)
+
+    def _copy_what_stays(self) -> None:
         for transfer in self._local:
             pairs = zip(_views(self._new, transfer.given), _views(self._old, transfer.taken), strict=True)
             for target, source in pairs:
                 target.copy_(source)
-        for work in works:
-            work.wait()
-        for message, buffer in arrivals:
-            if not message.is_direct(self._scratch.device):
-                _unpack(message, buffer)
 
     def _buffer(self, message: Message) -> torch.Tensor:
         if message.is_direct(self._scratch.device):
             return message.views[0]
         return self._scratch.take(message.elements, message.views[0].dtype)
+
+
+def _parcels(messages: Iterable[tuple[Message, torch.Tensor]]) -> list[Parcel]:
+    return [Parcel(message.peer, buffer) for message, buffer in messages]
 
 
 def _messages(views: Iterator[tuple[int, torch.Tensor]]) -> Iterator[Message]:

@@ -14,13 +14,14 @@ from copus_ext.adapters.checksum import Checksums
 from copus_ext.adapters.exchange import Exchange, Scratch
 from copus_ext.adapters.job_memory import Side
 from copus_ext.adapters.phases import Phases
+from copus_ext.adapters.wire import Wire
 from copus_ext.adapters.world import whole_world
 from copus_ext.core.reshard.streaming import Round, Stream, stream
 from copus_ext.core.reshard.transfer import plan_transfer
 
 
 class MoveFailed(RuntimeError):
-    """A rank had no memory for what should arrive, or checksums differ. Everything is back where it was."""
+    """A rank had no memory for what should arrive, or no leave to read it, or checksums differ. All is as it was."""
 
 
 class Ledger:
@@ -42,12 +43,20 @@ class Move:
     """
 
     def __init__(
-        self, plan: Stream, old: Side, new: Side, checksums: Checksums, ledger: Ledger, phases: Phases, staged: bool
+        self,
+        plan: Stream,
+        old: Side,
+        new: Side,
+        checksums: Checksums,
+        wire: Wire,
+        ledger: Ledger,
+        phases: Phases,
+        staged: bool,
     ) -> None:
         self._stream, self._old, self._new = plan, old, new
         self._checksums_before = checksums.on(torch.device("cpu")) if staged else checksums
         self._checksums_after = checksums
-        self._ledger, self._phases = ledger, phases
+        self._wire, self._ledger, self._phases = wire, ledger, phases
         self._staged = staged
         self._device = old.memory.device
         self._rank = whole_world().rank()
@@ -121,8 +130,8 @@ class Move:
         self._sums = self._checksums_after.none()
         with self._phases("verify"), self._heard_of():
             self._sums += self._checksums_before.of(exchange.taken, self._old.pieces).to(self._device)
-        with self._phases("move"):
-            exchange.run()
+        with self._phases("move"), self._heard_of():
+            exchange.run(self._wire)
         with self._phases("verify"), self._heard_of():
             self._sums -= self._checksums_after.of(exchange.given, self._new.pieces)
 
@@ -166,7 +175,7 @@ class Move:
             exchange = Exchange(this.transfers, sources, self._old.pieces)
             self._old.memory.kept.fill(self._old.of(h.piece for h in exchange.given))
             exchange.prepare(self._scratch)
-            exchange.run()
+            exchange.run(self._wire)
             kept.empty(then_free)
         there.empty()
 

@@ -30,6 +30,7 @@ from copus_ext.adapters.move import Ledger, Move, MoveFailed
 from copus_ext.adapters.optimizer_shards import MOST_MOMENTS, inner_optimizers
 from copus_ext.adapters.phases import Phases
 from copus_ext.adapters.staging import has_to_be_staged
+from copus_ext.adapters.wire import Wire, open_wire
 from copus_ext.adapters.world import whole_world
 from copus_ext.core.plan import Layout
 from copus_ext.core.reshard.streaming import Stream, default_limit, stream
@@ -61,16 +62,26 @@ class ReshardReport:
 
 @dataclass
 class PlanCache:
-    """What was planned, and what layouts hold. One serves one model and one process."""
+    """What was planned, what layouts hold, and what moves go over. One serves one model and one process.
+
+    ``wire``: opened by the first that needs it, on all ranks, where it is not given.
+    """
 
     moves: dict[_Way, tuple[Stream, Checksums]] = field(default_factory=dict)
     holdings: dict[tuple[Layout, bool], list[list[Holding]]] = field(default_factory=dict)
+    wire: Wire | None = None
 
     def keep(self, way: _Way, move: tuple[Stream, Checksums]) -> None:
         """Remember how to go ``way``, and forget the one that was planned longest ago where there are many."""
         self.moves[way] = move
         if len(self.moves) > _KEPT_MOVES:
             del self.moves[next(iter(self.moves))]
+
+    def opened_wire(self, device: torch.device) -> Wire:
+        """What moves between tensors on ``device`` go over. Collective the first time."""
+        if self.wire is None:
+            self.wire = open_wire(device)
+        return self.wire
 
 
 @torch.no_grad()
@@ -92,14 +103,16 @@ def reshard(
         new: a job of the same model and precision in any layout, with as many ranks, fewer or more; what it holds is
             lost.
         plans: keeps what is planned, so that going between the same two layouts again costs no planning.
-        chunk_bytes: what a rank handles at most at a time; a 4th of its state up to 64 MiB where it is not given.
+        chunk_bytes: what a rank handles at most at a time; where it is not given, as
+            :func:`~copus_ext.core.reshard.streaming.default_limit` says.
         staged: take what is held through pinned host memory, for which a rank must have room there; where it is not
             given, only if a rank has less free on its device than moving from device to device takes in between.
 
     Raises:
         UnsupportedReshard: state that is not covered, or two jobs that do not hold the same logical tensors, on every
             rank and before anything is moved.
-        MoveFailed: memory ran out, or checksums of a tensor differ, on any rank. ``old`` has everything again.
+        MoveFailed: memory ran out, something could not be read, or checksums of a tensor differ, on any rank. ``old``
+            has everything again.
     """
     phases = Phases()
     with phases("plan"):
@@ -107,7 +120,8 @@ def reshard(
         _finish_parameter_gathers(old)
         tell_where_it_stands(old)
         step = largest(optimizer_step(old))
-        plan, checksums = _planned(old, new, step >= 0, plans or PlanCache(), chunk_bytes)
+        plans = plans or PlanCache()
+        plan, checksums = _planned(old, new, step >= 0, plans, chunk_bytes)
         before, after = old.memory[step >= 0], new.memory[step >= 0]
     with phases("move"):
         ledger = Ledger(before.held)
@@ -116,7 +130,7 @@ def reshard(
         sides = Side(before), Side(after)
         if staged is None:
             staged = has_to_be_staged(plan, *sides)
-    move = Move(plan, *sides, checksums, ledger, phases, staged)
+    move = Move(plan, *sides, checksums, plans.opened_wire(before.device), ledger, phases, staged)
     try:
         move.run()
     except MoveFailed:

@@ -33,6 +33,7 @@ class OurSwitch:
     peak: int
     peak_extra: int | None
     first_visit: bool
+    wire: str
     sent: list[list[int]]
 
     @property
@@ -68,6 +69,7 @@ class Switches:
             peak=peak_bytes(),
             peak_extra=report.peak_extra_bytes,
             first_visit=len(plans) > known,
+            wire=wire.name if (wire := self._switcher.plans.wire) else "",
             sent=self._sent(old, plan.layout),
         )
 

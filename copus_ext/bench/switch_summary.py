@@ -13,9 +13,10 @@ class Switched:
     """One switch, of all ranks: seconds and shares are the largest of any rank.
 
     ``wall_s`` lies between barriers, without the steps behind it; ``ahead_s`` is what making ready took while training
-    would have gone on. ``transport``: the same bytes sent and copied raw.
-    ``ram_save_s`` and ``ram_load_s``: upstream's checkpoint in memory, between the same two layouts just before;
-    ``ram_same``: it brought the same weights and optimizer state. ``..._counted`` is what the switch says itself.
+    would have gone on. ``wire``: what the switch moved over (:mod:`copus_ext.adapters.wire`). ``transport``: the same
+    bytes sent by torch's messages and copied raw. ``ram_save_s`` and ``ram_load_s``: upstream's checkpoint in memory,
+    between the same two layouts just before; ``ram_same``: it brought the same weights and optimizer state.
+    ``..._counted`` is what the switch says itself.
     """
 
     model: str
@@ -36,6 +37,7 @@ class Switched:
     first_step_s: float
     second_step_s: float
     transport: dict[str, Any]
+    wire: str = ""
     ram_save_s: float | None = None
     ram_load_s: float | None = None
     ram_same: bool | None = None

@@ -110,6 +110,7 @@ def _figures(mine: _OnRank, ours: OurSwitch, steps: tuple[float, float]) -> dict
     counted = [one.peak_extra_counted / one.rank_state for one in ranks if one.peak_extra_counted is not None]
     return {
         "first_visit": ours.first_visit,
+        "wire": ours.wire,
         "wall_s": ours.wall_s,
         "ahead_s": ours.ahead_s,
         "seconds": {name: max(one.seconds.get(name, 0.0) for one in ranks) for name in mine.seconds},

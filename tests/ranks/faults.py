@@ -52,8 +52,8 @@ def damage(at: int) -> Any:
     calls: list[int] = []
     done: list[int] = []
 
-    def damaging(self: Any) -> None:
-        run(self)
+    def damaging(self: Any, wire: Any) -> None:
+        run(self, wire)
         calls.append(1)
         if dist.get_rank() == 1 and len(calls) > at and self.given and not done:
             held = self.given[-1]
@@ -63,3 +63,24 @@ def damage(at: int) -> Any:
 
     run = Exchange.run
     return mock.patch.object(Exchange, "run", damaging)
+
+
+def unreadable(at: int) -> Any:
+    """Rank 1 may not read what the others send it, in the first round from ``at`` on in which they do."""
+    import torch.distributed as dist
+
+    from copus_ext.adapters.wire import MemoryWire
+
+    calls: list[int] = []
+    done: list[int] = []
+
+    def failing(self: Any, sent: Any, received: Any, meanwhile: Any) -> None:
+        calls.append(1)
+        if dist.get_rank() == 1 and len(calls) > at and received and not done:
+            done.append(1)
+            with mock.patch.object(MemoryWire, "read", side_effect=OSError("not permitted")):
+                return carry(self, sent, received, meanwhile)
+        return carry(self, sent, received, meanwhile)
+
+    carry = MemoryWire.carry
+    return mock.patch.object(MemoryWire, "carry", failing)

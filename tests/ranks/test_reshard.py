@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from copus_ext.core.plan import Layout, Plan, parse_plan
-from tests.ranks.faults import damage, no_memory, no_memory_behind
+from tests.ranks.faults import damage, no_memory, no_memory_behind, unreadable
 from tests.ranks.harness import run_ranks, skip_without_packages
 from tests.ranks.moving import equal, finish_gathers, is_hollow, moved, on_this_rank, seeded, start
 
@@ -61,6 +61,7 @@ WALKS = {
 
 def _walk(walk: Walk) -> dict[str, Any]:
     from copus_ext.adapters.reshard import PlanCache
+    from copus_ext.adapters.wire import TorchWire
     from tests.ranks.gathering import full_state, full_weights, same
     from tests.ranks.steps import train_steps
 
@@ -76,6 +77,7 @@ def _walk(walk: Walk) -> dict[str, Any]:
     reports, kept, left, cache = [], [], {}, PlanCache()
     for number, plan in enumerate(plans[1:]):
         left[job.plan.layout] = job
+        cache.wire = TorchWire() if number % 4 in (1, 2) else None
         job, report = moved(
             job,
             plan,
@@ -132,6 +134,7 @@ def test_walk_keeps_every_bit(name: str) -> None:
 def _every_pair(world: int, flags: str, words: str) -> tuple[int, list[str]]:
     """How many ordered pairs of layouts there are, and those between which something was lost."""
     from copus_ext.adapters.reshard import PlanCache
+    from copus_ext.adapters.wire import TorchWire
     from tests.ranks.gathering import full_state, full_weights, same
     from tests.ranks.steps import train_steps
 
@@ -142,7 +145,7 @@ def _every_pair(world: int, flags: str, words: str) -> tuple[int, list[str]]:
     train_steps(job, layouts, 1)
     state, weights = full_state(job), full_weights(job)
     left: dict[Layout, Any] = {}
-    cache, pairs, differing = PlanCache(), 0, []
+    cache, pairs, differing = PlanCache(wire=TorchWire() if world == 4 else None), 0, []
     for old, new in itertools.permutations(plans, 2):
         for plan in (old, new):
             if plan.layout != job.plan.layout:
@@ -268,9 +271,10 @@ def test_edges_of_a_reshard() -> None:
     assert len({outside for *_, outside in places}) == 2
 
 
-def _faults(flags: str, words: str, staged: bool) -> list[tuple[str, bool, bool]]:
+def _faults(flags: str, words: str, staged: bool, by_messages: bool) -> list[tuple[str, bool, bool]]:
     """Moves that fail in one round after the other: what is said, and whether the old job is as it was."""
-    from copus_ext.adapters.reshard import MoveFailed
+    from copus_ext.adapters.reshard import MoveFailed, PlanCache
+    from copus_ext.adapters.wire import TorchWire
     from tests.ranks.steps import build, train_steps
 
     plans = [parse_plan(one, _BASE) for one in words.split()]
@@ -279,11 +283,15 @@ def _faults(flags: str, words: str, staged: bool) -> list[tuple[str, bool, bool]
     job = seeded(layouts, raw, plans[0])
     train_steps(job, layouts, 2)
     before, seen = on_this_rank(job), []
-    for fault, rounds in ((no_memory, (0, 1, 4)), (damage, (0, 1, 4)), (no_memory_behind, (0,))):
+    faults = [(no_memory, (0, 1, 4)), (damage, (0, 1, 4)), (no_memory_behind, (0,))]
+    faults += [] if by_messages else [(unreadable, (0, 3))]
+    for fault, rounds in faults:
         for at in rounds:
             new = build(layouts, raw, plans[1], initialise_weights=False)
+            options = {"chunk_bytes": 100_000, "staged": staged}
+            cache = PlanCache(wire=TorchWire() if by_messages else None)
             with fault(at), pytest.raises(MoveFailed) as failure:
-                moved(job, plans[1], raw, layouts, {plans[1].layout: new}, chunk_bytes=100_000, staged=staged)
+                moved(job, plans[1], raw, layouts, {plans[1].layout: new}, plans=cache, **options)
             seen.append((str(failure.value), equal(before, on_this_rank(job)), is_hollow(new)))
     after = train_steps(job, layouts, 1, first_sample=8)
     seen.append(("trains on", after == twin[2:], True))
@@ -291,21 +299,22 @@ def _faults(flags: str, words: str, staged: bool) -> list[tuple[str, bool, bool]
 
 
 @pytest.mark.parametrize(
-    ("flags", "words", "staged"),
+    ("flags", "words", "staged", "by_messages"),
     [
-        ("", "tp2,dp2 pp4", False),
-        ("--bf16 ", "dp4,zero1 tp2,pp2", False),
-        ("--bf16 ", "pp4 dp2,tp2,zero1", True),
+        ("", "tp2,dp2 pp4", False, False),
+        ("--bf16 ", "dp4,zero1 tp2,pp2", False, True),
+        ("--bf16 ", "pp4 dp2,tp2,zero1", True, False),
     ],
 )
-def test_a_fault_brings_everything_back(flags: str, words: str, staged: bool) -> None:
-    for seen in run_ranks(4, _faults, flags, words, staged):
+def test_a_fault_brings_everything_back(flags: str, words: str, staged: bool, by_messages: bool) -> None:
+    for seen in run_ranks(4, _faults, flags, words, staged, by_messages):
         for said, as_it_was, hollow in seen:
             assert as_it_was, said
             assert hollow, said
         assert [said for said, *_ in seen[:3]] == ["rank 2: out of memory"] * 3
         assert all("checksums differ" in said for said, *_ in seen[3:6])
         assert seen[6][0] == "rank 2: out of memory"
+        assert [said for said, *_ in seen[7:-1]] == ([] if by_messages else ["rank 1: not permitted"] * 2)
 
 
 def _census(flags: str) -> list[int]:

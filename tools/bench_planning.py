@@ -1,4 +1,4 @@
-"""How long it takes to plan a move on many ranks: ``python tools/bench_planning.py [--ranks 8,64,512]``; prints JSON.
+"""How long it takes to plan a move on many ranks: ``python tools/bench_planning.py [--ranks 32,128,512]``; prints JSON.
 
 Every rank plans a move alone, for all ranks (docs/reshard.md). So what one process takes here, from the two layouts to
 the rounds of a move, is what every rank of a job of that size takes; no rank of it has to be there.
@@ -14,7 +14,7 @@ import os
 import sys
 import warnings
 
-_MODELS = ("7B", "70B")
+_MODELS = ("8B", "70B")
 _RANKS = (32, 128, 512)  # multiples of 32, which the layouts of the larger model take
 
 
@@ -24,6 +24,8 @@ def main() -> None:
     parser.add_argument("--ranks", type=_numbers, default=list(_RANKS), metavar="NUMBERS", help="(32,128,512)")
     parser.add_argument("--models", nargs="+", choices=_MODELS, default=list(_MODELS))
     flags = parser.parse_args()
+    if "70B" in flags.models and any(ranks % 32 for ranks in flags.ranks):
+        parser.error("--ranks: give multiples of 32 for 70B")
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     from copus_ext.run.start import prepare_environment
 
@@ -44,7 +46,7 @@ def main() -> None:
 def _numbers(text: str) -> list[int]:
     numbers = [int(number) for number in text.split(",")]
     if any(number < 8 or number % 8 for number in numbers):
-        raise argparse.ArgumentTypeError(f"{text}: give multiples of 8, and of 32 for 70B")
+        raise argparse.ArgumentTypeError(f"{text}: give multiples of 8")
     return numbers
 
 

@@ -155,7 +155,7 @@ def _conditions(flags: argparse.Namespace) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "megatron": megatron_version},
         "laps": flags.laps,
         "transports": flags.transports,
-        "preloaded": os.environ.get("LD_PRELOAD", ""),  # such as another allocator, which takes part in every move
+        "preloaded": [Path(name).name for name in os.environ.get("LD_PRELOAD", "").split()],  # another allocator, say
         "load_average": os.getloadavg(),  # of the last 1, 5 and 15 minutes: four ranks on two cores alone make it 4
     }
 

@@ -35,9 +35,6 @@ def main() -> int:
     flags = _parser().parse_args()
     try:
         return _replay(flags)
-    except BrokenPipeError:  # whoever read the decisions has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (UserError, ValueError) as error:
         print(f"replay.py: {error}", file=sys.stderr)
     except (KeyError, TypeError) as error:
@@ -56,9 +53,13 @@ def _replay(flags: argparse.Namespace) -> int:
         raise UserError(f"there is no {log}; give the --copus-dir of a run")
     found = list(replay(read_events(log), changes, flags.space))
     changed = bool(changes) or flags.space is not None
-    _print(found, changed, flags.all)
     if flags.json:
         flags.json.write_text(json.dumps(_to_json(found, changes, flags.space), indent=1) + "\n")
+    try:
+        _print(found, changed, flags.all)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the decisions has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0 if changed or not any(each.differences for each in found) else 1
 
 

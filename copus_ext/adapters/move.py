@@ -14,10 +14,12 @@ from copus_ext.adapters.checksum import Checksums
 from copus_ext.adapters.exchange import Exchange, Scratch
 from copus_ext.adapters.job_memory import Side
 from copus_ext.adapters.phases import Phases
-from copus_ext.adapters.wire import Wire
+from copus_ext.adapters.wire import ReadFailed, TorchWire, Wire
 from copus_ext.adapters.world import whole_world
 from copus_ext.core.reshard.streaming import Round, Stream, stream
 from copus_ext.core.reshard.transfer import plan_transfer
+
+_UNDO_BYTES = 64 * 2**20  # of a round, at most: memory may have run out
 
 
 class MoveFailed(RuntimeError):
@@ -130,8 +132,11 @@ class Move:
         self._sums = self._checksums_after.none()
         with self._phases("verify"), self._heard_of():
             self._sums += self._checksums_before.of(exchange.taken, self._old.pieces).to(self._device)
-        with self._phases("move"), self._heard_of():
-            exchange.run(self._wire)
+        with self._phases("move"):
+            try:
+                exchange.run(self._wire)
+            except ReadFailed as error:  # of anything else this rank is behind the others, and can't tell them
+                self._failure = f"rank {self._rank}: {error}"
         with self._phases("verify"), self._heard_of():
             self._sums -= self._checksums_after.of(exchange.given, self._new.pieces)
 
@@ -162,7 +167,7 @@ class Move:
             self._old.unstage()
             return
         lost, held = self._stream.lost_after(ready), self._stream.held_after(ready)
-        limit, weights_first = self._stream.limit_bytes, self._stream.weights_first
+        limit, weights_first = min(self._stream.limit_bytes, _UNDO_BYTES), self._stream.weights_first
         back = stream(plan_transfer(held, lost, partial=True), held, lost, limit, weights_first=weights_first)
         first = self._stream.first_new(self._rank)
         there, kept = self._new.memory, self._new.memory.kept
@@ -175,7 +180,7 @@ class Move:
             exchange = Exchange(this.transfers, sources, self._old.pieces)
             self._old.memory.kept.fill(self._old.of(h.piece for h in exchange.given))
             exchange.prepare(self._scratch)
-            exchange.run(self._wire)
+            exchange.run(TorchWire())  # which can't be forbidden
             kept.empty(then_free)
         there.empty()
 

@@ -62,7 +62,7 @@ class ReshardReport:
 
 @dataclass
 class PlanCache:
-    """What was planned, what layouts hold, and what moves go over. One serves one model and one process.
+    """What was planned, what layouts hold, and what moves go over. One serves one model, one process and one device.
 
     ``wire``: opened by the first that needs it, on all ranks, where it is not given.
     """
@@ -134,6 +134,7 @@ def reshard(
     try:
         move.run()
     except MoveFailed:
+        plans.wire = None  # to be tried again
         before.fill()
         _derive_weights(old)
         raise
@@ -186,13 +187,15 @@ def _planned(
             return moving, Checksums(plan.keys, after, MOST_MOMENTS, memories[0].device)
 
         plans.keep(key, _on_every_rank(planned))
+    plans.opened_wire(old.memory[with_moments].device)
     return plans.moves[key]
 
 
 def _least_room(before: JobMemory, after: JobMemory) -> int:
-    """Bytes that the larger of two jobs takes on every rank beyond what is moved. Collective."""
-    room = max(before.nbytes, after.nbytes) - max(before.moved_nbytes, after.moved_nbytes)
-    return -largest(-max(0, room))
+    """Bytes that the larger of two jobs takes on every rank of theirs beyond what is moved. Collective."""
+    largest_job = max(before.nbytes, after.nbytes)
+    room = largest_job - max(before.moved_nbytes, after.moved_nbytes)
+    return -largest(-max(0, room) if largest_job else -(2**62))
 
 
 def _on_every_rank[Result](step: Callable[[], Result]) -> Result:

@@ -30,6 +30,10 @@ class Parcel(NamedTuple):
     tensor: torch.Tensor
 
 
+class ReadFailed(RuntimeError):
+    """A rank could not read another one's memory. All ranks have come to the end of :meth:`Wire.carry`."""
+
+
 class Wire(Protocol):
     """A way for messages between all ranks of the world."""
 
@@ -40,6 +44,9 @@ class Wire(Protocol):
 
         The n-th that a rank sends to a peer is the n-th that the peer receives from it. Behind the call, what was sent
         may be overwritten or given back.
+
+        Raises:
+            ReadFailed: on this rank only. What else is raised leaves the ranks out of step.
         """
 
 
@@ -54,9 +61,11 @@ class TorchWire:
         operations = [dist.P2POp(dist.isend, tensor, peer, world) for peer, tensor in sent]
         operations += [dist.P2POp(dist.irecv, tensor, peer, world) for peer, tensor in received]
         works = dist.batch_isend_irecv(operations) if operations else []
-        meanwhile()
-        for work in works:
-            work.wait()
+        try:
+            meanwhile()
+        finally:
+            for work in works:
+                work.wait()
 
 
 class MemoryWire:
@@ -78,22 +87,31 @@ class MemoryWire:
             raise OSError("no process_vm_readv") from error
 
     def let_read(self) -> None:
-        """Let this process be read by those with the same parent, where the kernel asks for leave (Yama)."""
-        self._libc.prctl(_PR_SET_PTRACER, ctypes.c_ulong(os.getppid()), *[ctypes.c_ulong(0)] * 3)
+        """Where the kernel asks for leave (Yama), let those with the same parent attach to this process.
+
+        There is no leave for reading alone.
+        """
+        self._allow(os.getppid())
+
+    def let_nobody_read(self) -> None:
+        """Take that back."""
+        self._allow(0)
+
+    def _allow(self, process: int) -> None:
+        self._libc.prctl(_PR_SET_PTRACER, ctypes.c_ulong(process), *[ctypes.c_ulong(0)] * 3)
 
     def carry(self, sent: Sequence[Parcel], received: Sequence[Parcel], meanwhile: Callable[[], None]) -> None:
-        """As of :class:`Wire`.
-
-        Raises:
-            OSError: a process can't be read any more.
-        """
-        addresses = _told(sent, received)
+        """As of :class:`Wire`."""
+        addresses, failure = _told(sent, received), None
+        meanwhile()
         try:
-            meanwhile()
             for (peer, tensor), address in zip(_by_peer(received), addresses, strict=True):
                 self.read(peer, address, tensor)
-        finally:
-            dist.barrier(group=whole_world())
+        except OSError as error:
+            failure = error
+        dist.barrier(group=whole_world())
+        if failure:
+            raise ReadFailed(str(failure)) from failure
 
     def read(self, peer: int, address: int, into: torch.Tensor) -> None:
         """Fill ``into`` with what lies at ``address`` on rank ``peer``.
@@ -109,7 +127,8 @@ class MemoryWire:
             pid = ctypes.c_int(self._processes[peer])
             got = self._libc.process_vm_readv(pid, ctypes.byref(here), one, ctypes.byref(there), one, ctypes.c_ulong(0))
             if got <= 0:
-                raise OSError(ctypes.get_errno(), f"memory of rank {peer} can't be read")
+                why = os.strerror(ctypes.get_errno()) if got else "nothing came"
+                raise OSError(f"memory of rank {peer} can't be read: {why}")
             done += got
 
 
@@ -137,7 +156,11 @@ def _memory_wire() -> MemoryWire | None:
         pass
     largest(0)  # all have given leave
     reads = wire is not None and all(_reads(wire, peer, *where) for peer, (_, *where) in enumerate(told))
-    return None if largest(int(not reads)) else wire
+    if largest(int(not reads)):
+        if wire is not None:
+            wire.let_nobody_read()
+        return None
+    return wire
 
 
 def _reads(wire: MemoryWire, peer: int, address: int, secret: int) -> bool:

@@ -17,10 +17,10 @@ from copus_ext.core.reshard.streaming import default_limit, stream
 from copus_ext.core.reshard.transfer import Holding, plan_transfer
 
 MODELS = {  # layers, hidden, heads, query groups, width of the gated MLP
-    "7B": (32, 4096, 32, 8, 14336),
+    "8B": (32, 4096, 32, 8, 14336),
     "70B": (80, 8192, 64, 8, 28672),
 }
-_LAYOUTS = {"7B": ("tp2,sp,zero1", "tp4,pp2,sp,zero1"), "70B": ("tp8,pp4,sp,zero1", "tp4,pp8,sp,zero1")}
+_LAYOUTS = {"8B": ("tp2,sp,zero1", "tp4,pp2,sp,zero1"), "70B": ("tp8,pp4,sp,zero1", "tp4,pp8,sp,zero1")}
 _VOCABULARY = 128_256
 _PER_NODE = 8
 _WEIGHT_AND_GRADIENT = 2 + 4  # bytes of a parameter

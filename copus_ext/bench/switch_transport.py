@@ -30,7 +30,7 @@ def raw_transport(sent: list[list[int]], repetitions: int) -> Transport:
 
     All messages are under way at once, from contiguous buffers into contiguous ones, while what stays on the rank is
     copied. Fresh memory is what a switch has to fill that never holds two copies: on a CPU, where the system hands out
-    zeros page by page, it may cost more than the bytes.
+    zeros page by page, it may cost more than the bytes. An allocator that keeps memory hands it out again instead.
 
     Args:
         sent: bytes by source and target.

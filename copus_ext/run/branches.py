@@ -35,6 +35,8 @@ class BranchedRun(Driver):
     events.jsonl``, the results beside them.
     """
 
+    chooses = False
+
     def __init__(self, raw: argparse.Namespace, config: CopusConfig, settings: BranchSettings) -> None:
         """Bring the job up; ``raw`` has been through :func:`copus_ext.run.branch_flags.keep_to_branches`."""
         self._settings, self._directory = settings, config.directory

@@ -55,7 +55,12 @@ _TIMED_OPTIONS = (  # what step times depend on beside plan, model and device; b
 
 
 class Driver:
-    """One run on this rank. Building and running it is collective over all ranks."""
+    """One run on this rank. Building and running it is collective over all ranks.
+
+    ``chooses``: it is there to choose among the plans of ``--copus-space``.
+    """
+
+    chooses: bool = True
 
     def __init__(self, raw: argparse.Namespace, config: CopusConfig) -> None:
         """Bring upstream up for the first plan, or for the plan of the checkpoint that ``--load`` names.
@@ -74,6 +79,7 @@ class Driver:
         self.in_branch: dict[str, Any] = {}  # what of the arguments is other while a branch is trained
         raw.padded_vocab_size = self._padded_vocabulary()
         self._check_schedule()
+        self._check_choice()
         # A checkpoint is found to fit only with the learning rates that it was made with, to the last bit.
         rates_by = saved.rate_noise_scale if saved else math.inf
         args = arguments_for(raw, plan, announce=True, **self._overrides(plan, rates_by))
@@ -157,6 +163,13 @@ class Driver:
             return throughput
         table.check(measured_subject(self.raw, args), f"{TABLE_FLAG} {self.raw.copus_throughput_table}")
         return table.seed(throughput, {history.plan for history in throughput.histories})
+
+    def _check_choice(self) -> None:
+        """Raises :class:`UserError` where a run that chooses among plans has nothing to choose from."""
+        if self.chooses and self.config.policy.searches:
+            with quiet():
+                args = arguments_for(self.raw, self.config.base, **self._overrides(self.config.base, math.inf))
+            self.config.space.candidates(self.config.base, model_shape(args))
 
     def refusal_of(self, plan: Plan) -> str | None:
         """Why a plan is refused by the model's sizes or by upstream's own validation; ``None`` where it is not."""

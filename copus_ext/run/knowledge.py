@@ -37,7 +37,7 @@ def first_knowledge(
     model, options = model_shape(args), run_options(raw)
     candidates = Candidates(())
     if config.policy.searches:
-        candidates = config.space.candidates(config.base, model)
+        candidates = config.space.plans(config.base, model).with_first(config.base)
     return Knowledge(
         plan=plan,
         candidates=candidates,

@@ -153,6 +153,8 @@ class ProfiledRun(Driver):
     The last rank, whose clock counts in a run, writes the table.
     """
 
+    chooses = False
+
     def __init__(self, raw: argparse.Namespace, config: CopusConfig, settings: ProfileSettings) -> None:
         """Bring the job up under the plan of the flags; ``raw`` has been through :func:`keep_to_profile`.
 

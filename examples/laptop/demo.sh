@@ -20,6 +20,6 @@ python -m torch.distributed.run --nproc-per-node "${RANKS:-4}" pretrain_gpt_copu
     --eval-interval 100 --eval-iters 4 --eval-global-batch-size 16 --log-interval 10 \
     --copus-dir "$OUT" --copus-space "mbs=1,2,4 gbs=2..64" --copus-interval 20 "$@" \
     2>&1 | tee "$OUT/train.log" | grep --line-buffered -E '^ \[copus\]|Error|pretrain_gpt_copus.py:' || true
-[ -s "$OUT/events.jsonl" ] || exit 2  # refused; the line above says why
+[ -s "$OUT/events.jsonl" ] || { echo "no run; $OUT/train.log says why" >&2; exit 2; }
 python tools/report.py "$OUT"
 tail -n 1 "$OUT/events.jsonl" | grep -q '"status": "finished"'

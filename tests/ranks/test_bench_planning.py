@@ -11,7 +11,7 @@ def _planned() -> list[dict[str, Any]]:
     from copus_ext.bench.planning import planned, planning_bench
 
     bench = planning_bench()
-    return [planned(bench, "7B", ranks) for ranks in (8, 64)]
+    return [planned(bench, "8B", ranks) for ranks in (8, 64)]
 
 
 def test_planning_for_many_ranks_takes_one_process() -> None:

@@ -154,5 +154,5 @@ class Options:
             UserError: there is something left.
         """
         for name in self._values:
-            has = f"it has {', '.join(self._known)}" if self._known else "it has none"
-            raise UserError(f"{FLAG} {self.policy}: there is no option {name!r}; {has}")
+            has = f"only {', '.join(self._known)}" if self._known else "it has none"
+            raise UserError(f"{FLAG} {self.policy}: there is no option {name!r} here; {has}")

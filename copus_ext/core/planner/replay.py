@@ -41,7 +41,8 @@ def _start(start: Event, changes: dict[str, Any], space: str | None) -> tuple[Po
     candidates = Candidates(())
     if policy.searches:
         asked = parse_space(start["space"] if space is None else space).opened(policy.opens)
-        candidates = asked.candidates(base, ModelShape(**start["model"]))
+        model = ModelShape(**start["model"])
+        candidates = asked.plans(base, model).with_first(base) if space is None else asked.candidates(base, model)
     avoided = plans_avoided(candidates, base, start["noise_estimator"])
     return policy, Knowledge.from_json(start["knowledge"], candidates, avoided)
 

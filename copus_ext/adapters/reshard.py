@@ -30,7 +30,7 @@ from copus_ext.adapters.move import Ledger, Move, MoveFailed
 from copus_ext.adapters.optimizer_shards import MOST_MOMENTS, inner_optimizers
 from copus_ext.adapters.phases import Phases
 from copus_ext.adapters.staging import has_to_be_staged
-from copus_ext.adapters.wire import Wire, open_wire
+from copus_ext.adapters.wire import MemoryWire, Wire, open_wire
 from copus_ext.adapters.world import whole_world
 from copus_ext.core.plan import Layout
 from copus_ext.core.reshard.streaming import Stream, default_limit, stream
@@ -134,7 +134,7 @@ def reshard(
     try:
         move.run()
     except MoveFailed:
-        plans.wire = None  # to be tried again
+        plans.wire = None if isinstance(plans.wire, MemoryWire) else plans.wire  # to be tried again
         before.fill()
         _derive_weights(old)
         raise

@@ -9,10 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
-import os
 import sys
-import warnings
 
 _MODELS = ("8B", "70B")
 _RANKS = (32, 128, 512)  # multiples of 32, which the layouts of the larger model take
@@ -26,12 +23,9 @@ def main() -> None:
     flags = parser.parse_args()
     if "70B" in flags.models and any(ranks % 32 for ranks in flags.ranks):
         parser.error("--ranks: give multiples of 32 for 70B")
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     from copus_ext.run.start import prepare_environment
 
     prepare_environment()
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
     from megatron.patches import apply_all
 
     apply_all()

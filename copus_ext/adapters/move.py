@@ -16,10 +16,8 @@ from copus_ext.adapters.job_memory import Side
 from copus_ext.adapters.phases import Phases
 from copus_ext.adapters.wire import ReadFailed, TorchWire, Wire
 from copus_ext.adapters.world import whole_world
-from copus_ext.core.reshard.streaming import Round, Stream, stream
+from copus_ext.core.reshard.streaming import SMALL_ROUND, Round, Stream, stream
 from copus_ext.core.reshard.transfer import plan_transfer
-
-_UNDO_BYTES = 64 * 2**20  # of a round, at most: memory may have run out
 
 
 class MoveFailed(RuntimeError):
@@ -167,7 +165,7 @@ class Move:
             self._old.unstage()
             return
         lost, held = self._stream.lost_after(ready), self._stream.held_after(ready)
-        limit, weights_first = min(self._stream.limit_bytes, _UNDO_BYTES), self._stream.weights_first
+        limit, weights_first = min(self._stream.limit_bytes, SMALL_ROUND), self._stream.weights_first  # memory is short
         back = stream(plan_transfer(held, lost, partial=True), held, lost, limit, weights_first=weights_first)
         first = self._stream.first_new(self._rank)
         there, kept = self._new.memory, self._new.memory.kept

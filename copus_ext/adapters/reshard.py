@@ -121,7 +121,7 @@ def reshard(
         tell_where_it_stands(old)
         step = largest(optimizer_step(old))
         plans = plans or PlanCache()
-        plan, checksums = _planned(old, new, step >= 0, plans, chunk_bytes)
+        plan, checksums, wire = _planned(old, new, step >= 0, plans, chunk_bytes)
         before, after = old.memory[step >= 0], new.memory[step >= 0]
     with phases("move"):
         ledger = Ledger(before.held)
@@ -130,7 +130,7 @@ def reshard(
         sides = Side(before), Side(after)
         if staged is None:
             staged = has_to_be_staged(plan, *sides)
-    move = Move(plan, *sides, checksums, plans.opened_wire(before.device), ledger, phases, staged)
+    move = Move(plan, *sides, checksums, wire, ledger, phases, staged)
     try:
         move.run()
     except MoveFailed:
@@ -171,8 +171,8 @@ def _refuse_uncovered(old: Job, new: Job) -> None:
 
 def _planned(
     old: Job, new: Job, with_moments: bool, plans: PlanCache, chunk_bytes: int | None
-) -> tuple[Stream, Checksums]:
-    """The plan between two jobs: each rank makes it alone, from the two layouts, and is heard of if it can't."""
+) -> tuple[Stream, Checksums, Wire]:
+    """The plan between two jobs, which each rank makes alone and is heard of if it can't, and the wire. Collective."""
     before, after = _on_every_rank(lambda: [_held_by_all(job, with_moments, plans) for job in (old, new)])
     key = (old.plan.layout, new.plan.layout, with_moments, chunk_bytes)
     if key not in plans.moves:
@@ -187,8 +187,7 @@ def _planned(
             return moving, Checksums(plan.keys, after, MOST_MOMENTS, memories[0].device)
 
         plans.keep(key, _on_every_rank(planned))
-    plans.opened_wire(old.memory[with_moments].device)
-    return plans.moves[key]
+    return *plans.moves[key], plans.opened_wire(old.memory[with_moments].device)
 
 
 def _least_room(before: JobMemory, after: JobMemory) -> int:

@@ -92,9 +92,15 @@ class Switched:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with what follows from them."""
-        derived = ("ram_s", "peak_extra_over_state", "bytes_moved_over_min", "first_step_over_second")
-        moves = ("move_over_memcpy_bound", "move_over_fresh_transport")
-        return asdict(self) | {name: getattr(self, name) for name in (*derived, *moves)}
+        derived = (
+            "ram_s",
+            "peak_extra_over_state",
+            "bytes_moved_over_min",
+            "move_over_memcpy_bound",
+            "move_over_fresh_transport",
+            "first_step_over_second",
+        )
+        return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
 @dataclass(frozen=True)

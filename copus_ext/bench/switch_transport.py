@@ -38,14 +38,15 @@ def raw_transport(sent: list[list[int]], repetitions: int) -> Transport:
     """
     rank, ranks = dist.get_rank(), range(dist.get_world_size())
     outgoing = {peer: _buffer(sent[rank][peer]).fill_(1) for peer in ranks if sent[rank][peer]}
-    incoming = {peer: _buffer(sent[peer][rank]) for peer in ranks if sent[peer][rank]}
-    _once(outgoing, lambda: incoming)
-    seconds = [_once(outgoing, lambda: incoming) for _ in range(repetitions)]
-    incoming = {}
-    fresh = [
-        _once(outgoing, lambda: {peer: _buffer(sent[peer][rank]) for peer in ranks if sent[peer][rank]})
-        for _ in range(repetitions)
-    ]
+
+    def taken() -> dict[int, torch.Tensor]:
+        return {peer: _buffer(sent[peer][rank]) for peer in ranks if sent[peer][rank]}
+
+    kept = taken()
+    _once(outgoing, lambda: kept)
+    seconds = [_once(outgoing, lambda: kept) for _ in range(repetitions)]
+    kept = {}
+    fresh = [_once(outgoing, taken) for _ in range(repetitions)]
     local = sum(sent[peer][peer] for peer in ranks)
     return Transport(
         best_s=min(seconds),

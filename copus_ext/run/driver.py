@@ -20,6 +20,7 @@ from copus_ext.adapters.job import build_job
 from copus_ext.adapters.layouts import LayoutGroups
 from copus_ext.adapters.tokenizer import make_tokenizer
 from copus_ext.core.cost.candidates import Candidates, infeasible_reason
+from copus_ext.core.cost.model_shape import ModelShape
 from copus_ext.core.cost.throughput import ThroughputModel
 from copus_ext.core.cost.throughput_table import Subject
 from copus_ext.core.errors import UserError
@@ -79,10 +80,10 @@ class Driver:
         self.in_branch: dict[str, Any] = {}  # what of the arguments is other while a branch is trained
         raw.padded_vocab_size = self._padded_vocabulary()
         self._check_schedule()
-        self._check_choice()
         # A checkpoint is found to fit only with the learning rates that it was made with, to the last bit.
         rates_by = saved.rate_noise_scale if saved else math.inf
         args = arguments_for(raw, plan, announce=True, **self._overrides(plan, rates_by))
+        candidates = self._candidates(model_shape(args))
         set_global_variables(args)
         training.initialize_megatron()
         training.set_jit_fusion_options(tp_size=args.tensor_model_parallel_size)
@@ -91,7 +92,7 @@ class Driver:
         gc.freeze()
         self.job = build_job(plan, args, self.layouts.adopt(plan.layout))
         args.curr_iteration = args.iteration  # upstream sets it in its loop only
-        known = self._first_knowledge(args, saved)
+        known = self._first_knowledge(args, candidates, saved)
         possible = (*known.candidates, *config.named_plans, config.base)
         self.data = Data(min(plan.global_batch for plan in possible))
         leads = args.rank == args.world_size - 1
@@ -149,9 +150,16 @@ class Driver:
         together = self.raw.eval_global_batch_size or math.ceil(base / ranks) * ranks
         return {**scaled, **betas, "eval_global_batch_size": together, **self.in_branch}
 
-    def _first_knowledge(self, args: argparse.Namespace, saved: Knowledge | None) -> Knowledge:
+    def _candidates(self, model: ModelShape) -> Candidates:
+        """What there is to choose from. Raises :class:`UserError` where a run that chooses has only one plan."""
+        space, base = self.config.space, self.config.base
+        if not self.config.policy.searches:
+            return Candidates(())
+        return space.candidates(base, model) if self.chooses else space.plans(base, model).with_first(base)
+
+    def _first_knowledge(self, args: argparse.Namespace, candidates: Candidates, saved: Knowledge | None) -> Knowledge:
         hardware = describe_hardware(self.raw)
-        known = first_knowledge(self.raw, args, self.config, self.job.plan, hardware)
+        known = first_knowledge(self.raw, args, self.config, self.job.plan, candidates, hardware)
         if saved is not None:
             known = carried_on(known, saved, hardware_is_named=self.raw.copus_hardware is not None)
         return replace(known, throughput=self._seeded(known.throughput, args))
@@ -163,13 +171,6 @@ class Driver:
             return throughput
         table.check(measured_subject(self.raw, args), f"{TABLE_FLAG} {self.raw.copus_throughput_table}")
         return table.seed(throughput, {history.plan for history in throughput.histories})
-
-    def _check_choice(self) -> None:
-        """Raises :class:`UserError` where a run that chooses among plans has nothing to choose from."""
-        if self.chooses and self.config.policy.searches:
-            with quiet():
-                args = arguments_for(self.raw, self.config.base, **self._overrides(self.config.base, math.inf))
-            self.config.space.candidates(self.config.base, model_shape(args))
 
     def refusal_of(self, plan: Plan) -> str | None:
         """Why a plan is refused by the model's sizes or by upstream's own validation; ``None`` where it is not."""

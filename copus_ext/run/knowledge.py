@@ -23,7 +23,12 @@ _FILE = "copus_state.json"
 
 
 def first_knowledge(
-    raw: argparse.Namespace, args: argparse.Namespace, config: CopusConfig, plan: Plan, hardware: Hardware
+    raw: argparse.Namespace,
+    args: argparse.Namespace,
+    config: CopusConfig,
+    plan: Plan,
+    candidates: Candidates,
+    hardware: Hardware,
 ) -> Knowledge:
     """What is known before the first step of a run from scratch: closed forms, priors, and what may be chosen.
 
@@ -32,12 +37,10 @@ def first_knowledge(
         args: validated ones, of any plan.
         config: the checked ``--copus-*`` flags.
         plan: the first one.
+        candidates: what may be chosen.
         hardware: what step times and memory are predicted for.
     """
     model, options = model_shape(args), run_options(raw)
-    candidates = Candidates(())
-    if config.policy.searches:
-        candidates = config.space.plans(config.base, model).with_first(config.base)
     return Knowledge(
         plan=plan,
         candidates=candidates,

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from copus_ext.core.reshard.transfer import Holding, Holdings, Transfer, TransferPlan
 
 Array = NDArray[np.float64]
-_LEAST_LIMIT, _LIMIT, _LARGEST_LIMIT = 2**20, 64 * 2**20, 2**30  # bytes
+SMALL_ROUND = 64 * 2**20  # bytes; of rounds that need not be sure of their room
+_LEAST_LIMIT, _LARGEST_LIMIT = 2**20, 2**30
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def default_limit(old: Holdings, new: Holdings, room_bytes: int) -> int:
     """
     held = (max(sum(h.nbytes for h in side[rank]) for side in (old, new)) for rank in range(len(old)))
     least = min(filter(None, held), default=0)
-    return max(_LEAST_LIMIT, min(least // 4, _LIMIT), min(room_bytes // 4, _LARGEST_LIMIT))
+    return max(_LEAST_LIMIT, min(least // 4, SMALL_ROUND), min(room_bytes // 4, _LARGEST_LIMIT))
 
 
 def _tensor(key: str) -> str:

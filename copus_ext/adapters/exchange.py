@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -31,39 +32,49 @@ class Piece(NamedTuple):
         first = sum(i * s for i, s in zip(start, steps, strict=True)) - self.first
         return [t.as_strided(shape, steps, t.storage_offset() + first) for t in self.tensors]
 
+    def packed_bytes(self, shape: tuple[int, ...], device: torch.device) -> int:
+        """What packing a box of ``shape`` takes at most. The tensors may be hollow."""
+        within = zip(shape, strides(shape), strides(self.shape), strict=True)
+        in_one = all(count == 1 or step == here for count, step, here in within)
+        sizes = ((math.prod(shape) * t.element_size(), in_one and t.device == device) for t in self.tensors)
+        return sum(_aligned(size) for size, direct in sizes if size < _DIRECT_BYTES or not direct)
+
 
 class Scratch:
     """Memory for packing that is used again in every round."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
+        self._memory = self._bytes(0)
         self._used = 0
 
-    @property
-    def nbytes(self) -> int:
-        """Held now."""
-        return self._memory.numel()
-
     def reserve(self, nbytes: int) -> int:
-        """Make place for a round that takes ``nbytes``, where what was taken before ends; by how much it grew."""
-        self._used, before = 0, self.nbytes
-        if nbytes > self._memory.numel():
-            self._memory = torch.empty(0, dtype=torch.uint8, device=self.device)  # never both
-            self._memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        return self.nbytes - before
+        """Make place for rounds that take up to ``nbytes``; by how much it grew. Nobody may need what was packed."""
+        before = self._memory.numel()
+        if nbytes > before:
+            self._memory = self._bytes(0)  # never both
+            self._memory = self._bytes(nbytes)
+        return self._memory.numel() - before
 
     def release(self) -> int:
         """Give all of it back, until the next :meth:`reserve`; the bytes that were freed."""
-        freed = self.nbytes
-        self._memory = torch.empty(0, dtype=torch.uint8, device=self.device)
+        freed = self._memory.numel()
+        self._memory = self._bytes(0)
         return freed
+
+    def begin(self) -> None:
+        """Of a round: what was taken in the one before is overwritten. All ranks must have received it."""
+        self._used = 0
 
     def take(self, elements: int, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised 1-D tensor."""
         first, size = self._used, elements * dtype.itemsize
         self._used += _aligned(size)
+        assert self._used <= self._memory.numel(), "a round packs more than was reserved"
         return self._memory[first : first + size].view(dtype)
+
+    def _bytes(self, count: int) -> torch.Tensor:
+        return torch.empty(count, dtype=torch.uint8, device=self.device)
 
 
 class Message(NamedTuple):
@@ -81,14 +92,13 @@ class Message(NamedTuple):
         """It can go from where it lies, or to it."""
         return len(self.views) == 1 and self.views[0].is_contiguous() and self.views[0].device == device
 
-    @property
-    def nbytes(self) -> int:
-        """Of all tensors, as packing takes of the scratch memory."""
-        return _aligned(self.elements * self.views[0].element_size())
+    def buffer(self, scratch: Scratch) -> torch.Tensor:
+        """Where it goes from, or arrives: where it lies, if it can, or else a place to pack it."""
+        return self.views[0] if self.is_direct(scratch.device) else scratch.take(self.elements, self.views[0].dtype)
 
 
 class Exchange:
-    """A round of transfers on this rank: first :meth:`prepare`, which may fail for want of memory, then :meth:`run`."""
+    """A round of transfers on this rank: first :meth:`prepare`, then :meth:`run`."""
 
     def __init__(self, transfers: Iterable[Transfer], old: Sequence[Piece], new: Sequence[Piece]) -> None:
         """``transfers``: of the round, of all ranks, in the order that all ranks have them in."""
@@ -101,27 +111,31 @@ class Exchange:
         self._out = [(t.target, t.taken) for t in mine if t.on_wire and t.source == rank]
         self._in = [(t.source, t.given) for t in mine if t.on_wire and t.target == rank]
 
-    def prepare(self, scratch: Scratch) -> int:
-        """Find where everything lies, and by how much ``scratch`` had to grow for it, in bytes.
+    def packed_bytes(self, device: torch.device) -> int:
+        """What :meth:`run` packs and unpacks at most, where packing is on ``device``. No piece need have its memory."""
+        leaving = (self._old[held.piece].packed_bytes(held.box.shape, device) for _, held in self._out)
+        arriving = (self._new[held.piece].packed_bytes(held.box.shape, device) for _, held in self._in)
+        return sum(leaving) + sum(arriving)
 
-        The pieces of both sides must have their memory.
-        """
+    def prepare(self) -> None:
+        """Find where everything lies. The pieces of both sides must have their memory."""
         self._sends = list(_messages((peer, v) for peer, held in self._out for v in _views(self._old, held)))
         self._receives = list(_messages((peer, v) for peer, held in self._in for v in _views(self._new, held)))
-        self._scratch = scratch
-        messages = (*self._sends, *self._receives)
-        return scratch.reserve(sum(m.nbytes for m in messages if not m.is_direct(scratch.device)))
 
-    def run(self, wire: Wire) -> None:
-        """Pack, send over ``wire``, copy what stays, receive, unpack. Collective over all ranks."""
-        leaving = [(m, self._buffer(m)) for m in self._sends]
-        arriving = [(m, self._buffer(m)) for m in self._receives]
+    def run(self, wire: Wire, scratch: Scratch) -> None:
+        """Pack, send over ``wire``, copy what stays, receive, unpack. Collective over all ranks.
+
+        ``scratch`` has place for :meth:`packed_bytes`. What is packed there must stay as long as ``wire`` says.
+        """
+        scratch.begin()
+        leaving = [(m, m.buffer(scratch)) for m in self._sends]
+        arriving = [(m, m.buffer(scratch)) for m in self._receives]
         for message, buffer in leaving:
-            if not message.is_direct(self._scratch.device):
+            if not message.is_direct(scratch.device):
                 _pack(message, buffer)
         wire.carry(_parcels(leaving), _parcels(arriving), self._copy_what_stays)
         for message, buffer in arriving:
-            if not message.is_direct(self._scratch.device):
+            if not message.is_direct(scratch.device):
                 _unpack(message, buffer)
 
     def _copy_what_stays(self) -> None:
@@ -129,11 +143,6 @@ class Exchange:
             pairs = zip(_views(self._new, transfer.given), _views(self._old, transfer.taken), strict=True)
             for target, source in pairs:
                 target.copy_(source)
-
-    def _buffer(self, message: Message) -> torch.Tensor:
-        if message.is_direct(self._scratch.device):
-            return message.views[0]
-        return self._scratch.take(message.elements, message.views[0].dtype)
 
 
 def _parcels(messages: Iterable[tuple[Message, torch.Tensor]]) -> list[Parcel]:

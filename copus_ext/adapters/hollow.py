@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from copus_ext.adapters.pages import Pages
+
 _LARGE = 256  # elements: what is smaller may be a flag or a counter, which has to have its value
 # By name, since on a CPU torch's own functions are behind redirected ones; each with one that does not write zeros,
 # which would touch memory that is given back at once.
@@ -96,21 +98,25 @@ class Storages:
         """Bytes of these when filled."""
         return sum(self._sizes[number] for number in numbers)
 
-    def fill(self, numbers: Iterable[int] | None = None) -> int:
-        """Memory for these (default: all), of any content where there was none; the bytes it took."""
+    def fill(self, numbers: Iterable[int] | None = None, pages: Pages | None = None) -> int:
+        """Memory for these (default: all), of any content where there was none, from ``pages``; the bytes it took."""
         taken = 0
         for number in self._storages if numbers is None else numbers:
             missing = self._sizes[number] - self._storages[number].nbytes()
             if missing:
                 self._storages[number].resize_(self._sizes[number])
+                if pages is not None and missing == self._sizes[number]:
+                    pages.give(self._storages[number])
             taken += missing
         return taken
 
-    def empty(self, numbers: Iterable[int] | None = None) -> int:
-        """Let the memory of these (default: all) go; the bytes that were freed."""
+    def empty(self, numbers: Iterable[int] | None = None, pages: Pages | None = None) -> int:
+        """Let the memory of these (default: all) go, into ``pages``; the bytes that were freed."""
         freed = 0
         for number in self._storages if numbers is None else numbers:
             freed += self._storages[number].nbytes()
+            if pages is not None:
+                pages.keep(self._storages[number])
             self._storages[number].resize_(0)
         return freed
 

@@ -12,11 +12,13 @@ from copus_ext.adapters.agreement import added_up, first_said
 from copus_ext.adapters.arguments import first_line
 from copus_ext.adapters.checksum import Checksums
 from copus_ext.adapters.exchange import Exchange, Scratch
+from copus_ext.adapters.hollow import Storages
 from copus_ext.adapters.job_memory import Side
+from copus_ext.adapters.pages import Pages
 from copus_ext.adapters.phases import Phases
 from copus_ext.adapters.wire import ReadFailed, TorchWire, Wire
 from copus_ext.adapters.world import whole_world
-from copus_ext.core.reshard.streaming import SMALL_ROUND, Round, Stream, stream
+from copus_ext.core.reshard.streaming import SMALL_ROUND, Stream, stream
 from copus_ext.core.reshard.transfer import plan_transfer
 
 
@@ -25,10 +27,19 @@ class MoveFailed(RuntimeError):
 
 
 class Ledger:
-    """Bytes that a move holds on this rank, and the most that it ever held."""
+    """Takes memory and lets it go, and knows the bytes that this rank holds of it, and the most that it ever held."""
 
-    def __init__(self, held: int) -> None:
+    def __init__(self, held: int, pages: Pages) -> None:
         self.held = self.peak = held
+        self.pages = pages
+
+    def take(self, storages: Storages, numbers: Iterable[int] | None = None) -> None:
+        """Memory for these (default: all), from the pages of what was let go."""
+        self.add(storages.fill(numbers, self.pages))
+
+    def let_go(self, storages: Storages, numbers: Iterable[int] | None = None) -> None:
+        """The memory of these (default: all)."""
+        self.add(-storages.empty(numbers, self.pages))
 
     def add(self, nbytes: int) -> None:
         """Taken (or, below 0, given back)."""
@@ -61,7 +72,7 @@ class Move:
         self._device = old.memory.device
         self._rank = whole_world().rank()
         self._freed = [] if staged else old.freed_with(plan.released_by(self._rank))
-        self._scratch = Scratch(self._device)
+        self._scratch, self._exchanges = Scratch(self._device), list[Exchange]()
         self._sums = checksums.none()
         self._failure: str | None = None  # since the ranks last agreed
 
@@ -71,35 +82,34 @@ class Move:
         Raises:
             MoveFailed: on all ranks alike, when it has been undone.
         """
-        with self._phases("move"), self._heard_of():
-            self._begin()
-        for number, this in enumerate(self._stream.rounds):
-            exchange = self._prepared(this)
-            self._go_on_or_undo(max(0, number - 1))  # on this round's memory, and on the last round's checksums
+        self._begin()
+        count = len(self._stream.rounds)
+        for number in range(count):
+            self._prepare(number)
+            # On this round's memory, and that all have received the last round, with checksums that agree: only now
+            # may what was sent be let go, and memory for packing be written to.
+            self._go_on_or_undo(max(0, number - 1))
             if number:
                 self._release(number)
-            if exchange is not None:
-                self._carry_out(exchange)
-        count = len(self._stream.rounds)
+            self._carry_out(self._exchanges[number])
         self._go_on_or_undo(max(0, count - 1))
         self._release(count)
         self._finish()
         self._go_on_or_undo(count)
 
-    def _prepared(self, this: Round) -> Exchange | None:
-        """Memory for a round; ``None`` where there is none."""
-        exchange = None
+    def _prepare(self, number: int) -> None:
+        """Memory for a round."""
         with self._phases("move"), self._heard_of():
-            exchange = Exchange(this.transfers, self._old.pieces, self._new.pieces)
-            self._ledger.add(self._new.memory.kept.fill(self._new.of(held.piece for held in exchange.given)))
-            self._ledger.add(exchange.prepare(self._scratch))
-        return exchange
+            exchange = self._exchanges[number]
+            self._ledger.take(self._new.memory.kept, self._new.of(held.piece for held in exchange.given))
+            exchange.prepare()
 
     def _finish(self) -> None:
         """Memory for what comes behind the last round, when nothing is left of the old job."""
         with self._phases("move"), self._heard_of():
             self._ledger.add(-self._scratch.release())
-            self._ledger.add(self._new.memory.fill())
+            self._ledger.take(self._new.memory.kept)
+            self._ledger.take(self._new.memory.gradients)
 
     def _go_on_or_undo(self, ready: int) -> None:
         """Agree that all is well so far; ``ready`` rounds are known to be right, and their sources gone.
@@ -120,11 +130,17 @@ class Move:
             self._failure = self._failure or f"rank {self._rank}: {first_line(error)}"
 
     def _begin(self) -> None:
-        if self._staged:
-            self._old.stage()
-            self._ledger.add(-self._old.memory.kept.empty())
-        else:
-            self._release(0)
+        """Memory for packing, as much as any round takes: others read what was packed, so it can't grow in between."""
+        with self._phases("move"), self._heard_of():
+            if self._staged:
+                self._old.stage()
+                self._ledger.let_go(self._old.memory.kept)
+            else:
+                self._release(0)
+            pieces = self._old.pieces, self._new.pieces
+            self._exchanges = [Exchange(this.transfers, *pieces) for this in self._stream.rounds]
+            packed = (exchange.packed_bytes(self._device) for exchange in self._exchanges)
+            self._ledger.add(self._scratch.reserve(max(packed, default=0)))
 
     def _carry_out(self, exchange: Exchange) -> None:
         self._sums = self._checksums_after.none()
@@ -132,7 +148,7 @@ class Move:
             self._sums += self._checksums_before.of(exchange.taken, self._old.pieces).to(self._device)
         with self._phases("move"):
             try:
-                exchange.run(self._wire)
+                exchange.run(self._wire, self._scratch)
             except ReadFailed as error:  # of anything else this rank is behind the others, and can't tell them
                 self._failure = f"rank {self._rank}: {error}"
         with self._phases("verify"), self._heard_of():
@@ -156,10 +172,12 @@ class Move:
     def _release(self, number: int) -> None:
         """Let go what nothing reads after round ``number``, counted from 1; with 0, what nothing reads at all."""
         if not self._staged:
-            self._ledger.add(-self._old.memory.kept.empty(self._freed[number]))
+            self._ledger.let_go(self._old.memory.kept, self._freed[number])
 
     def _undo(self, ready: int) -> None:
         """Bring back what was released, from wherever it is by now; a stream too, for memory may have run out."""
+        self._ledger.pages.free()
+        self._ledger.add(-self._scratch.release())
         if self._staged:
             self._new.memory.empty()
             self._old.unstage()
@@ -177,8 +195,9 @@ class Move:
         for this, then_free in zip(back.rounds, freed, strict=True):
             exchange = Exchange(this.transfers, sources, self._old.pieces)
             self._old.memory.kept.fill(self._old.of(h.piece for h in exchange.given))
-            exchange.prepare(self._scratch)
-            exchange.run(TorchWire())  # which can't be forbidden
+            exchange.prepare()
+            self._scratch.reserve(exchange.packed_bytes(self._device))
+            exchange.run(TorchWire(), self._scratch)  # which can't be forbidden
             kept.empty(then_free)
         there.empty()
 

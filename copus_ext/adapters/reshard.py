@@ -24,10 +24,11 @@ from copus_ext.adapters.blueprint import holdings_of_layout
 from copus_ext.adapters.carry import carry_grad_scaler, optimizer_step, set_optimizer_step, tell_where_it_stands
 from copus_ext.adapters.checksum import Checksums
 from copus_ext.adapters.job import Job
-from copus_ext.adapters.job_memory import JobMemory, Side
+from copus_ext.adapters.job_memory import JobMemory, Side, gradients
 from copus_ext.adapters.job_state import UnsupportedReshard, uncovered
 from copus_ext.adapters.move import Ledger, Move, MoveFailed
 from copus_ext.adapters.optimizer_shards import MOST_MOMENTS, inner_optimizers
+from copus_ext.adapters.pages import Pages
 from copus_ext.adapters.phases import Phases
 from copus_ext.adapters.staging import has_to_be_staged
 from copus_ext.adapters.wire import MemoryWire, Wire, open_wire
@@ -106,7 +107,7 @@ def reshard(
         chunk_bytes: what a rank handles at most at a time; where it is not given, as
             :func:`~copus_ext.core.reshard.streaming.default_limit` says.
         staged: take what is held through pinned host memory, for which a rank must have room there; where it is not
-            given, only if a rank has less free on its device than moving from device to device takes in between.
+            given, only if a rank has less free on its GPU than moving from device to device takes in between.
 
     Raises:
         UnsupportedReshard: state that is not covered, or two jobs that do not hold the same logical tensors, on every
@@ -123,16 +124,17 @@ def reshard(
         plans = plans or PlanCache()
         plan, checksums, wire = _planned(old, new, step >= 0, plans, chunk_bytes)
         before, after = old.memory[step >= 0], new.memory[step >= 0]
-    with phases("move"):
-        ledger = Ledger(before.held)
-        after.empty()
-        ledger.add(-before.gradients.empty() - before.kept.empty(before.derived))
-        sides = Side(before), Side(after)
-        if staged is None:
-            staged = has_to_be_staged(plan, *sides)
-    move = Move(plan, *sides, checksums, wire, ledger, phases, staged)
     try:
-        move.run()
+        with Pages(after.nbytes if after.device.type == "cpu" else 0) as pages:
+            with phases("move"):
+                ledger = Ledger(before.held, pages)
+                after.empty()
+                ledger.let_go(gradients(old))
+                ledger.let_go(before.kept, before.derived)
+                sides = Side(before), Side(after)
+                if staged is None:
+                    staged = has_to_be_staged(plan, *sides)
+            Move(plan, *sides, checksums, wire, ledger, phases, staged).run()
     except MoveFailed:
         plans.wire = None if isinstance(plans.wire, MemoryWire) else plans.wire  # to be tried again
         before.fill()
@@ -225,15 +227,16 @@ def _held_by_all(job: Job, with_moments: bool, plans: PlanCache) -> list[list[Ho
 
     Ranks of the world that are not the layout's hold nothing.
     """
-    if with_moments not in job.memory or not job.memory[with_moments].is_current:
-        job.memory[with_moments] = JobMemory(job, with_moments=with_moments)
+    memory = job.memory.get(with_moments)
+    if memory is None or not memory.is_current:
+        memory = job.memory[with_moments] = JobMemory(job, with_moments=with_moments)
     key = (job.plan.layout, with_moments)
     if key not in plans.holdings:
         held = holdings_of_layout(job.plan, job.args, with_moments=with_moments)
         plans.holdings[key] = held + [[] for _ in range(len(held), whole_world().size())]
-    if job.memory[with_moments].is_held_elsewhere:
+    if memory.is_held_elsewhere:
         raise UnsupportedReshard(f"memory of a job of {job.plan.layout} is shared with something outside of torch")
-    if job.memory[with_moments].state.holdings != plans.holdings[key][whole_world().rank()]:
+    if not memory.state.adopt(plans.holdings[key][whole_world().rank()]):
         raise UnsupportedReshard(f"a job of {job.plan.layout} holds something else than its layout says")
     return plans.holdings[key]
 

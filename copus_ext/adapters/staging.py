@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import math
 
-import psutil
 import torch
 
 from copus_ext.adapters.agreement import largest
@@ -14,7 +13,7 @@ from copus_ext.core.reshard.streaming import Stream
 
 
 def has_to_be_staged(plan: Stream, old: Side, new: Side) -> bool:
-    """Whether any rank has less memory free than the stream takes of it in between. Collective.
+    """Whether any rank has less memory free than the stream takes of it in between. Collective. Never on a CPU.
 
     Gradients and derived weights of the old job must be gone.
     """
@@ -36,9 +35,9 @@ def extra_bytes(plan: Stream, old: Side, new: Side, rank: int) -> int:
     return max(worst, new.memory.nbytes - old.memory.kept.held)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Of the device, what its allocator keeps for later included; of the host, this rank's share."""
+def free_bytes(device: torch.device) -> float:
+    """What its allocator keeps for later included; of a CPU no end, since a copy on the host would not help there."""
     if device.type != "cuda":
-        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return math.inf
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached

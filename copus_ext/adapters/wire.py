@@ -31,7 +31,7 @@ class Parcel(NamedTuple):
 
 
 class ReadFailed(RuntimeError):
-    """A rank could not read another one's memory. All ranks have come to the end of :meth:`Wire.carry`."""
+    """This rank could not read another one's memory, which the others do not know of."""
 
 
 class Wire(Protocol):
@@ -42,8 +42,9 @@ class Wire(Protocol):
     def carry(self, sent: Sequence[Parcel], received: Sequence[Parcel], meanwhile: Callable[[], None]) -> None:
         """Take what is ``sent`` to where it is ``received``, and do ``meanwhile`` beside it. Collective over all ranks.
 
-        The n-th that a rank sends to a peer is the n-th that the peer receives from it. Behind the call, what was sent
-        may be overwritten or given back.
+        The n-th that a rank sends to a peer is the n-th that the peer receives from it. Behind the call this rank has
+        all that it receives. What it sent may be overwritten or given back when all ranks have agreed on something
+        since, so that they have theirs.
 
         Raises:
             ReadFailed: on this rank only. What else is raised leaves the ranks out of step.
@@ -102,16 +103,13 @@ class MemoryWire:
 
     def carry(self, sent: Sequence[Parcel], received: Sequence[Parcel], meanwhile: Callable[[], None]) -> None:
         """As of :class:`Wire`."""
-        addresses, failure = _told(sent, received), None
+        addresses = _told(sent, received)
         meanwhile()
         try:
             for (peer, tensor), address in zip(_by_peer(received), addresses, strict=True):
                 self.read(peer, address, tensor)
         except OSError as error:
-            failure = error
-        dist.barrier(group=whole_world())
-        if failure:
-            raise ReadFailed(str(failure)) from failure
+            raise ReadFailed(str(error)) from error
 
     def read(self, peer: int, address: int, into: torch.Tensor) -> None:
         """Fill ``into`` with what lies at ``address`` on rank ``peer``.

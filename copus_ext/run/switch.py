@@ -130,7 +130,8 @@ class Switcher:
         rng = RngState.capture()
         with _return_if_it_fails(job, self._layouts, rng):
             with phases("prepare"):
-                gradients(job).empty()  # what is built next may take their place
+                if plan.layout not in self._hollow:
+                    gradients(job).empty()  # what is built next may take their place
                 new = self._in_charge(plan, args, job.args)
             moved = reshard(job, new, plans=self.plans)
         for phase, seconds in moved.seconds.items():

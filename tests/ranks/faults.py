@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 from unittest import mock
 
@@ -14,32 +15,47 @@ def no_memory(at: int) -> Any:
 
     calls = []
 
-    def failing(self: Any, scratch: Any) -> int:
+    def failing(self: Any) -> None:
         calls.append(1)
         if dist.get_rank() == 2 and len(calls) == at + 1:
             raise RuntimeError("out of memory")
-        return prepare(self, scratch)
+        prepare(self)
 
     prepare = Exchange.prepare
     return mock.patch.object(Exchange, "prepare", failing)
+
+
+def no_memory_for_packing(_: int) -> Any:
+    """Rank 2 has no memory for packing, which is taken before the first round."""
+    import torch.distributed as dist
+
+    from copus_ext.adapters.exchange import Scratch
+
+    calls: list[int] = []
+
+    def failing(self: Any, nbytes: int) -> int:
+        calls.append(1)
+        if dist.get_rank() == 2 and len(calls) == 1:
+            raise RuntimeError("out of memory")
+        return int(reserve(self, nbytes))
+
+    reserve = Scratch.reserve
+    return mock.patch.object(Scratch, "reserve", failing)
 
 
 def no_memory_behind(_: int) -> Any:
     """Rank 2 has no memory for what comes behind the last round, when next to nothing is left of the old job."""
     import torch.distributed as dist
 
-    from copus_ext.adapters.job_memory import JobMemory
+    from copus_ext.adapters.move import Ledger
 
-    calls: list[int] = []
-
-    def failing(self: Any) -> int:
-        calls.append(1)
-        if dist.get_rank() == 2 and len(calls) == 1:
+    def failing(self: Any, storages: Any, numbers: Any = None) -> None:
+        if dist.get_rank() == 2 and numbers is None:
             raise RuntimeError("out of memory")
-        return int(fill(self))
+        take(self, storages, numbers)
 
-    fill = JobMemory.fill
-    return mock.patch.object(JobMemory, "fill", failing)
+    take = Ledger.take
+    return mock.patch.object(Ledger, "take", failing)
 
 
 def damage(at: int) -> Any:
@@ -52,8 +68,8 @@ def damage(at: int) -> Any:
     calls: list[int] = []
     done: list[int] = []
 
-    def damaging(self: Any, wire: Any) -> None:
-        run(self, wire)
+    def damaging(self: Any, wire: Any, scratch: Any) -> None:
+        run(self, wire, scratch)
         calls.append(1)
         if dist.get_rank() == 1 and len(calls) > at and self.given and not done:
             held = self.given[-1]
@@ -63,6 +79,21 @@ def damage(at: int) -> Any:
 
     run = Exchange.run
     return mock.patch.object(Exchange, "run", damaging)
+
+
+def slow_reader() -> Any:
+    """Rank 1 takes its time to read what others send it. That is no fault, and they have to wait for it."""
+    import torch.distributed as dist
+
+    from copus_ext.adapters.wire import MemoryWire
+
+    def late(self: Any, *where: Any) -> None:
+        if dist.get_rank() == 1:
+            time.sleep(0.003)
+        read(self, *where)
+
+    read = MemoryWire.read
+    return mock.patch.object(MemoryWire, "read", late)
 
 
 def unreadable(at: int) -> Any:

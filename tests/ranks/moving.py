@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from typing import Any
+from unittest import mock
 
 from copus_ext.core.plan import Layout, Plan
 
@@ -31,14 +32,19 @@ def seeded(layouts: Any, raw: Any, plan: Plan) -> Any:
 
 
 def moved(job: Any, plan: Plan, raw: Any, layouts: Any, left: dict[Layout, Any], **options: Any) -> tuple[Any, Any]:
-    """The job under ``plan``, in one that was ``left`` in its layout where there is one, and how it got there."""
+    """The job under ``plan``, in one that was ``left`` in its layout where there is one, and how it got there.
+
+    Its small tensors go as large ones do: their pages change places, and those that lie in one piece are not packed.
+    """
+    from copus_ext.adapters import exchange, pages
     from copus_ext.adapters.carry import carry_scheduler
     from copus_ext.adapters.reshard import reshard
     from tests.ranks.steps import build
 
     new = left.pop(plan.layout, None) or build(layouts, raw, plan, initialise_weights=False)
     layouts.activate(plan.layout, new.args)
-    report = reshard(job, new, **options)
+    with mock.patch.object(pages, "_LEAST", pages.PAGESIZE), mock.patch.object(exchange, "_DIRECT_BYTES", 2**12):
+        report = reshard(job, new, **options)
     carry_scheduler(job, new)
     return new, report
 

@@ -18,6 +18,7 @@ def _carried() -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
+    from copus_ext.adapters.agreement import largest
     from copus_ext.adapters.wire import Parcel, TorchWire, open_wire
 
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -28,6 +29,7 @@ def _carried() -> dict[str, Any]:
         sent = [Parcel(peer, torch.full((n,), 100.0 * rank + peer + number)) for peer in peers for n in _SIZES]
         received = [Parcel(peer, torch.zeros(n)) for n in _SIZES for peer in peers]
         wire.carry(sent, received, lambda: meanwhile.append(1))
+        assert largest(rank) == world - 1  # all have come here, so what was sent has arrived
         for parcel in sent:
             parcel.tensor.zero_()
         wrong += sum(bool((tensor != 100.0 * peer + rank + number).any()) for peer, tensor in received)

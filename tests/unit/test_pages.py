@@ -1,0 +1,155 @@
+"""Memory that was let go comes back without being fresh: pages are found where they were put, and nothing faults."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from copus_ext.adapters import pages as module
+from copus_ext.adapters.pages import Pages
+
+MIB = 2**20
+
+
+def tensor(nbytes: int, value: int) -> torch.Tensor:
+    return torch.full((nbytes,), value, dtype=torch.uint8)
+
+
+def taken(nbytes: int) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8)
+
+
+def faults_of_filling(one: torch.Tensor) -> int:
+    """How many pages the kernel had to make, of those that a tensor lies in."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    one.fill_(7)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.fixture
+def _moves() -> None:
+    """Only where the system can do it."""
+    with Pages(MIB) as pages:
+        gone, new = tensor(MIB, 3), taken(MIB)
+        pages.keep(gone.untyped_storage())
+        pages.give(new.untyped_storage())
+        if int(new[MIB // 2]) != 3:
+            pytest.skip("this system does not move pages")
+
+
+@pytest.mark.usefixtures("_moves")
+def test_what_is_taken_has_the_pages_of_what_is_gone_and_both_can_be_used() -> None:
+    around, gone, new = tensor(8 * MIB, 1), tensor(8 * MIB, 3), taken(8 * MIB)
+    with Pages(new.nbytes) as pages:
+        pages.keep(gone.untyped_storage())
+        pages.give(new.untyped_storage())
+    assert bool((new[4096:-4096] == 3).all())
+    assert faults_of_filling(new) < 16 < 8 * MIB // 4096
+    gone.fill_(5)
+    assert bool((new == 7).all())
+    assert bool((gone == 5).all())
+    assert bool((around == 1).all())
+
+
+@pytest.mark.usefixtures("_moves")
+def test_pages_from_several_places_go_on_together_and_on_their_own() -> None:
+    small = [tensor(n * MIB // 4, n) for n in (3, 9, 5, 12, 7)]
+    whole = taken(9 * MIB)
+    again = [taken(n * MIB) for n in (2, 1, 5)]
+    with Pages(100 * MIB) as pages:
+        for one in small:
+            pages.keep(one.untyped_storage())
+        pages.give(whole.untyped_storage())
+    assert {3, 5, 7, 9, 12} <= set(whole.unique().tolist())
+    whole.fill_(1)
+    with Pages(100 * MIB) as pages:
+        pages.keep(whole.untyped_storage())
+        for one in again:
+            pages.give(one.untyped_storage())
+        assert all(bool((one[MIB // 2 : -MIB // 4] == 1).all()) for one in again)
+    assert sum(map(faults_of_filling, again)) < 8 * MIB // 4096 / 10, "but for a few around the seams none is fresh"
+
+
+@pytest.mark.usefixtures("_moves")
+def test_no_more_is_kept_than_wanted() -> None:
+    gone = [tensor(MIB // 2, 3), *(tensor(4 * MIB, 3) for _ in range(2))]
+    with Pages(2 * MIB) as pages:
+        for one in gone:
+            pages.keep(one.untyped_storage())
+        assert MIB < sum(size for size, _ in pages._kept) <= 2 * MIB
+
+
+@pytest.mark.usefixtures("_moves")
+def test_going_to_and_fro_does_not_cut_memory_into_ever_more_mappings() -> None:
+    sizes = [
+        [int(n * MIB / 3) for n in order] for order in ((1, 2, 3, 4, 5, 6), (6, 5, 4, 3, 2, 1), (9, 4, 2, 2, 2, 2))
+    ]
+    held, before = [tensor(n, 0) for n in sizes[0]], len(module._mappings())
+    for number in range(1, 60):
+        with Pages(sum(sizes[number % 3])) as pages:
+            new = [taken(n) for n in sizes[number % 3]]
+            for one in held:
+                pages.keep(one.untyped_storage())
+            for one in new:
+                pages.give(one.untyped_storage())
+            held = new
+    assert len(module._mappings()) - before < 5 * sum(sizes[0]) / module._LEAST
+
+
+@pytest.mark.usefixtures("_moves")
+def test_a_process_of_many_mappings_takes_fresh_pages() -> None:
+    gone = [tensor(MIB, 3) for _ in range(4)]
+    with mock.patch.object(module, "_MOST_MAPPINGS", len(module._mappings()) + 2), Pages(8 * MIB) as pages:
+        for one in gone:
+            pages.keep(one.untyped_storage())
+        assert 0 < len(pages._kept) < 4
+
+
+def test_memory_that_others_see_is_let_be(tmp_path: Path) -> None:
+    shared = tensor(MIB, 3).share_memory_()
+    mapped = torch.from_file(str(tmp_path / "file"), shared=True, size=MIB, dtype=torch.uint8).fill_(3)
+    with Pages(8 * MIB) as pages:
+        pages.keep(shared.untyped_storage())
+        pages.keep(mapped.untyped_storage())
+        assert not pages._kept
+    assert bool((shared == 3).all())
+    assert bool((mapped == 3).all())
+
+
+@pytest.mark.parametrize("system", [{"side_effect": OSError("no library")}, {"return_value": object()}])
+def test_on_another_system_memory_is_fresh(system: dict[str, Any]) -> None:
+    gone, new = tensor(MIB, 3), taken(MIB)
+    with mock.patch.object(module.ctypes, "CDLL", **system), Pages(MIB) as pages:
+        pages.keep(gone.untyped_storage())
+        pages.give(new.untyped_storage())
+    new.fill_(7)
+    assert bool((gone == 3).all())
+
+
+def test_a_kernel_that_can_not_leave_a_place_empty_is_asked_once() -> None:
+    gone = tensor(8 * MIB, 3)
+    with Pages(8 * MIB) as pages:
+        with mock.patch.object(pages, "_mremap", return_value=module._NOWHERE) as asked:
+            pages.keep(gone.untyped_storage())
+            pages.keep(gone.untyped_storage())
+        assert asked.call_count == 1
+    assert bool((gone == 3).all())
+
+
+@pytest.mark.usefixtures("_moves")
+def test_pages_that_can_not_be_put_leave_usable_memory() -> None:
+    gone, new = tensor(8 * MIB, 3), taken(8 * MIB)
+    with Pages(8 * MIB) as pages:
+        pages.keep(gone.untyped_storage())
+        with mock.patch.object(pages, "_mremap", return_value=module._NOWHERE):
+            pages.give(new.untyped_storage())
+        assert not pages._kept
+    new.fill_(7)
+    assert bool((new == 7).all())
+    gone.fill_(5)
+    assert bool((gone == 5).all())

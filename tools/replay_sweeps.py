@@ -1,6 +1,6 @@
 """Replay measured sweeps: the error of predictions after a few plans were observed, and the regret of the choice.
 
-    python tools/replay_sweeps.py [--table tests/data/cpu_sweep_4_ranks.csv --hardware tests/data/cpu_4_ranks.toml]
+    python tools/replay_sweeps.py [--table tests/data/cpu_sweep_4_ranks*.csv --hardware tests/data/cpu_4_ranks.toml]
 
 Of each sweep among the published points, the constants are fitted without its source first. Every plan of a sweep is
 the first one observed in turn. Prints JSON: by sweep ``median_error`` and ``coverage`` of the 90 % interval after
@@ -16,6 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -66,9 +67,10 @@ def judge(sweep: Sweep, observed: int, probes: int) -> dict[str, Any]:
     }
 
 
-def measured_sweep(path: str, machine: str) -> Sweep:
-    """The sweep of a table of ``tools/profile_throughput.py``, measured on ``machine``."""
+def measured_sweep(path: str, machine: str, visits: int | None = None) -> Sweep:
+    """The sweep of a table of ``tools/profile_throughput.py``, measured on ``machine``; of each plan so many visits."""
     table = read_table(path, "--table")
+    table = replace(table, rows=tuple(row for row in table.rows if visits is None or row.lap <= visits))
     if table.subject is None:
         raise UserError(f"--table {path} has no rows; make it with tools/profile_throughput.py")
     prior = ThroughputModel(table.subject.model, load_hardware(machine))
@@ -79,15 +81,14 @@ def measured_sweep(path: str, machine: str) -> Sweep:
 def main() -> int:
     """Replay all sweeps and print; 2 where a table can't be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", metavar="CSV", help="a table of measured step times, replayed as well")
-    parser.add_argument(
-        "--hardware", default="a100", metavar="NAME", help="what the table was measured on, name or file"
-    )
+    parser.add_argument("--table", nargs="+", metavar="CSV", help="tables of measured step times, replayed as well")
+    parser.add_argument("--hardware", default="a100", metavar="NAME", help="what they were measured on, name or file")
+    parser.add_argument("--visits", type=int, metavar="N", help="use the first N visits to each plan of these tables")
     parser.add_argument("--observed", type=int, default=4, metavar="N", help="plans observed before errors are taken")
     parser.add_argument("--probes", type=int, default=3, metavar="N", help="plans tried after the first choice")
     args = parser.parse_args()
     try:
-        measured = [measured_sweep(args.table, args.hardware)] if args.table else []
+        measured = [measured_sweep(path, args.hardware, args.visits) for path in args.table or ()]
     except UserError as error:
         print(f"replay_sweeps.py: {error}", file=sys.stderr)
         return 2

@@ -74,9 +74,10 @@ def test_published_sweeps_are_known_after_four_plans() -> None:
         assert regret_after(sweep, probes=3, first=predicted_best(sweep)) < 0.02
 
 
-def test_a_measured_sweep_on_cpu_cores_is_known_after_four_plans() -> None:
+@pytest.mark.parametrize("table", ["cpu_sweep_4_ranks.csv", "cpu_sweep_4_ranks_later.csv"])
+def test_a_measured_sweep_on_cpu_cores_is_known_after_four_plans(table: str) -> None:
     data = Path(__file__).parents[1] / "data"
-    sweep = measured_sweep(str(data / "cpu_sweep_4_ranks.csv"), str(data / "cpu_4_ranks.toml"))
+    sweep = measured_sweep(str(data / table), str(data / "cpu_4_ranks.toml"))
     replays = [errors_after(sweep, observations=4, first=first) for first in range(len(sweep.plans))]
     assert np.mean([np.median(errors) for errors, _ in replays]) < 0.04, "visits themselves differ by 0.06"
     assert np.mean([np.mean(held) for _, held in replays]) > 0.85

@@ -53,14 +53,14 @@ class Pages:
     def free(self) -> None:
         """Give back what is kept, and keep nothing more."""
         self._wanted = 0
-        while self._kept:
-            size, place = self._kept.pop()
+        for size, place in self._kept:
             self._munmap(place, size)
+        self._kept.clear()
 
     def keep(self, storage: torch.UntypedStorage) -> None:
         """Take the pages of a storage whose content is not needed any more, before it is freed."""
-        if storage.device.type != "cpu" or storage.is_shared():
-            return
+        if storage.device.type != "cpu" or storage.is_shared() or not storage.resizable():
+            return  # others may see it, or torch can't free it
         address, size = _whole_pages(storage)
         end, first = address + size, bisect.bisect_right(self._seams, address)
         inside = self._seams[first : bisect.bisect_left(self._seams, end)]
@@ -71,31 +71,33 @@ class Pages:
         """Put pages, with any content, into a storage that was just taken, as far as there are any.
 
         Raises:
-            MemoryError: the storage has lost its memory.
+            MemoryError: the storage may have lost its memory.
         """
         if storage.device.type != "cpu":
             return
         address, size = _whole_pages(storage)
         while self._kept and size >= _LEAST:
-            fitting = bisect.bisect_left(self._kept, (size, 0))
+            fitting = bisect.bisect_left(self._kept, (size,))
             room, place = self._kept.pop(min(fitting, len(self._kept) - 1))
             moved = min(size, room)
             if self._mremap(place, moved, moved, _MAYMOVE | _FIXED, address) != address:
-                bisect.insort(self._kept, (room, place))
+                self._kept.append((room, place))
                 self.free()
                 return self._replace(address, moved)  # it may be gone by now
+            bisect.insort(self._seams, address)
             address, size = address + moved, size - moved
+            bisect.insort(self._seams, address)
             self._keep_rest(room - moved, place + moved)
 
     def _keep(self, address: int, size: int) -> None:
-        if size < _LEAST:
+        if size < _LEAST or len(self._seams) + len(self._kept) > _MOST_MAPPINGS:
             return
         place = self._mremap(address, size, size, _MAYMOVE | _DONTUNMAP, None)
-        if place == _NOWHERE or len(self._seams) + 2 * len(self._kept) > _MOST_MAPPINGS:
+        if place == _NOWHERE:
             self._wanted = 0
-        if place != _NOWHERE:
+        else:
             bisect.insort(self._kept, (size, place))
-            self._wanted = max(0, self._wanted - size)
+            self._wanted -= size
 
     def _keep_rest(self, size: int, place: int) -> None:
         if size >= _LEAST:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -113,12 +114,23 @@ def test_a_process_of_many_mappings_takes_fresh_pages() -> None:
 def test_memory_that_others_see_is_let_be(tmp_path: Path) -> None:
     shared = tensor(MIB, 3).share_memory_()
     mapped = torch.from_file(str(tmp_path / "file"), shared=True, size=MIB, dtype=torch.uint8).fill_(3)
+    array = torch.from_numpy(np.full(MIB, 3, dtype=np.uint8))
     with Pages(8 * MIB) as pages:
-        pages.keep(shared.untyped_storage())
-        pages.keep(mapped.untyped_storage())
+        for seen in (shared, mapped, array):
+            pages.keep(seen.untyped_storage())
+            assert bool((seen == 3).all())
         assert not pages._kept
-    assert bool((shared == 3).all())
-    assert bool((mapped == 3).all())
+
+
+@pytest.mark.usefixtures("_moves")
+def test_what_was_given_can_be_kept_again() -> None:
+    gone, new = [tensor(2 * MIB, n) for n in (3, 4)], taken(4 * MIB)
+    with Pages(16 * MIB) as pages:
+        for one in gone:
+            pages.keep(one.untyped_storage())
+        pages.give(new.untyped_storage())
+        pages.keep(new.untyped_storage())
+        assert sum(size for size, _ in pages._kept) > 3 * MIB
 
 
 @pytest.mark.parametrize("system", [{"side_effect": OSError("no library")}, {"return_value": object()}])

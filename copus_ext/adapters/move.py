@@ -130,7 +130,7 @@ class Move:
             self._failure = self._failure or f"rank {self._rank}: {first_line(error)}"
 
     def _begin(self) -> None:
-        """Memory for packing, as much as any round takes: others read what was packed, so it can't grow in between."""
+        """Let go what nothing reads, and take memory for packing, which others read: so once, for the largest round."""
         with self._phases("move"), self._heard_of():
             if self._staged:
                 self._old.stage()

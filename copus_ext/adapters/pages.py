@@ -33,7 +33,7 @@ class Pages:
         if not wanted:
             return
         try:
-            libc = ctypes.CDLL(None, use_errno=True)
+            libc = ctypes.CDLL(None)
             self._mremap, self._mmap, self._munmap = libc.mremap, libc.mmap, libc.munmap
             self._seams = _mappings()
         except (OSError, TypeError, AttributeError):  # not Linux

@@ -136,7 +136,8 @@ def reshard(
                     staged = has_to_be_staged(plan, *sides)
             Move(plan, *sides, checksums, wire, ledger, phases, staged).run()
     except MoveFailed:
-        plans.wire = None if isinstance(plans.wire, MemoryWire) else plans.wire  # to be tried again
+        if isinstance(plans.wire, MemoryWire):
+            plans.wire = None  # to be tried again
         before.fill()
         _derive_weights(old)
         raise

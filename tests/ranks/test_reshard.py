@@ -89,7 +89,7 @@ def _walk(walk: Walk) -> dict[str, Any]:
             layouts,
             left,
             plans=cache,
-            chunk_bytes=None if number % 2 else 80_000,  # with a fourth of it for packing under a 10th of the state
+            chunk_bytes=None if number % 2 else 100_000,
             staged=number == 2 or None,
         )
         reports.append(report)

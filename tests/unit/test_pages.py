@@ -35,11 +35,10 @@ def faults_of_filling(one: torch.Tensor) -> int:
 @pytest.fixture
 def _moves() -> None:
     """Only where the system can do it."""
-    with Pages(MIB) as pages:
-        gone, new = tensor(MIB, 3), taken(MIB)
+    gone = tensor(8 * MIB, 3)
+    with Pages(8 * MIB) as pages:
         pages.keep(gone.untyped_storage())
-        pages.give(new.untyped_storage())
-        if int(new[MIB // 2]) != 3:
+        if not pages._kept:
             pytest.skip("this system does not move pages")
 
 
@@ -124,13 +123,13 @@ def test_memory_that_others_see_is_let_be(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_moves")
 def test_what_was_given_can_be_kept_again() -> None:
-    gone, new = [tensor(2 * MIB, n) for n in (3, 4)], taken(4 * MIB)
-    with Pages(16 * MIB) as pages:
+    gone, new = [tensor(32 * MIB, n) for n in (3, 4)], taken(64 * MIB)
+    with Pages(256 * MIB) as pages:
         for one in gone:
             pages.keep(one.untyped_storage())
         pages.give(new.untyped_storage())
         pages.keep(new.untyped_storage())
-        assert sum(size for size, _ in pages._kept) > 3 * MIB
+        assert sum(size for size, _ in pages._kept) > 48 * MIB
 
 
 @pytest.mark.parametrize("system", [{"side_effect": OSError("no library")}, {"return_value": object()}])

@@ -5,7 +5,8 @@
 Of each sweep among the published points, the constants are fitted without its source first. Every plan of a sweep is
 the first one observed in turn. Prints JSON: by sweep ``median_error`` and ``coverage`` of the 90 % interval after
 ``--observed`` plans, ``regret_of_first_choice`` of the plan predicted best, and after ``--probes`` more
-``regret_from_first_choice`` and ``mean_regret`` over all plans to start from.
+``regret_from_first_choice`` and ``mean_regret`` over all plans to start from. Of each table also ``visits``: median
+errors of plans seen before and not, where every visit is predicted from those before it, and ``coverage``.
 
 Needs scipy: pip install "copus-megatron[fit]".
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,12 +23,13 @@ from typing import Any
 
 import numpy as np
 
+from copus_ext.core.cost.error_kernel import ErrorKernel
 from copus_ext.core.cost.hardware_file import load_hardware
 from copus_ext.core.cost.points import read_points
 from copus_ext.core.cost.published import POINTS, Points, hardware_of, open_plans, read_fit, usable
-from copus_ext.core.cost.sweep_replay import Sweep, errors_after, predicted_best, regret_after
+from copus_ext.core.cost.sweep_replay import Sweep, errors_after, predicted_best, regret_after, visit_errors
 from copus_ext.core.cost.throughput import ThroughputModel
-from copus_ext.core.cost.throughput_table import read_table
+from copus_ext.core.cost.throughput_table import ThroughputTable, read_table
 from copus_ext.core.errors import UserError
 from fit_throughput import START, Problem, constants_of, fit_constants
 
@@ -67,15 +70,38 @@ def judge(sweep: Sweep, observed: int, probes: int) -> dict[str, Any]:
     }
 
 
-def measured_sweep(path: str, machine: str, visits: int | None = None) -> Sweep:
-    """The sweep of a table of ``tools/profile_throughput.py``, measured on ``machine``; of each plan so many visits."""
+def measured_table(path: str, visits: int | None = None) -> ThroughputTable:
+    """A table of ``tools/profile_throughput.py``; of each plan so many visits."""
     table = read_table(path, "--table")
-    table = replace(table, rows=tuple(row for row in table.rows if visits is None or row.lap <= visits))
     if table.subject is None:
         raise UserError(f"--table {path} has no rows; make it with tools/profile_throughput.py")
-    prior = ThroughputModel(table.subject.model, load_hardware(machine))
+    return replace(table, rows=tuple(row for row in table.rows if visits is None or row.lap <= visits))
+
+
+def measured_sweep(name: str, prior: ThroughputModel, table: ThroughputTable) -> Sweep:
+    """The plans of a table, each with the median of all its steps."""
     times = {plan: float(np.median(seconds)) for plan, seconds in table.step_times().items()}
-    return Sweep(path, prior, tuple(times), tuple(times.values()))
+    return Sweep(name, prior, tuple(times), tuple(times.values()))
+
+
+def judge_table(path: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The figures of the sweep that a table holds, and of its visits one after the other."""
+    table = measured_table(path, args.visits)
+    assert table.subject is not None
+    prior = ThroughputModel(table.subject.model, load_hardware(args.hardware))
+    visits = judge_visits(replace(prior, kernel=replace(prior.kernel, drift_sd=args.drift_sd)), table)
+    return {**judge(measured_sweep(path, prior, table), args.observed, args.probes), "visits": visits}
+
+
+def judge_visits(prior: ThroughputModel, table: ThroughputTable) -> dict[str, float | None]:
+    """How well each visit is told by those before it; ``None`` where no plan is visited twice."""
+    errors = visit_errors(prior, [(row.plan, row.step_times_s) for row in table.rows if row.step_times_s])
+    known, unknown = ([abs(math.expm1(e.log_ratio)) for e in errors if e.known is which] for which in (True, False))
+    return {
+        "median_error_known": float(np.median(known)) if known else None,
+        "median_error_unknown": float(np.median(unknown)) if unknown else None,
+        "coverage": float(np.mean([e.is_within(0.9) for e in errors])),
+    }
 
 
 def main() -> int:
@@ -86,13 +112,16 @@ def main() -> int:
     parser.add_argument("--visits", type=int, metavar="N", help="use the first N visits to each plan of these tables")
     parser.add_argument("--observed", type=int, default=4, metavar="N", help="plans observed before errors are taken")
     parser.add_argument("--probes", type=int, default=3, metavar="N", help="plans tried after the first choice")
+    parser.add_argument(
+        "--drift-sd", type=float, default=ErrorKernel.drift_sd, metavar="SD", help="for visits; 0: without drift"
+    )
     args = parser.parse_args()
     try:
-        measured = [measured_sweep(path, args.hardware, args.visits) for path in args.table or ()]
+        measured = {path: judge_table(path, args) for path in args.table or ()}
     except UserError as error:
         print(f"replay_sweeps.py: {error}", file=sys.stderr)
         return 2
-    found = {sweep.name: judge(sweep, args.observed, args.probes) for sweep in (*published_sweeps(), *measured)}
+    found = {sweep.name: judge(sweep, args.observed, args.probes) for sweep in published_sweeps()} | measured
     means = {name: float(np.mean([figures[name] for figures in found.values()])) for name in _FIGURES}
     print(json.dumps({"sweeps": found, "mean_over_sweeps": means}, indent=1))
     return 0

@@ -170,7 +170,7 @@ class Driver:
         if table is None:
             return throughput
         table.check(measured_subject(self.raw, args), f"{TABLE_FLAG} {self.raw.copus_throughput_table}")
-        return table.seed(throughput, {history.plan for history in throughput.histories})
+        return table.seed(throughput, throughput.seen.steps)
 
     def refusal_of(self, plan: Plan) -> str | None:
         """Why a plan is refused by the model's sizes or by upstream's own validation; ``None`` where it is not."""

@@ -63,7 +63,7 @@ def carried_on(first: Knowledge, saved: Knowledge, hardware_is_named: bool) -> K
         saved,
         candidates=first.candidates,
         noise=first.noise.carried_on(saved.noise),
-        throughput=replace(first.throughput, hardware=hardware, histories=saved.throughput.histories),
+        throughput=replace(first.throughput, hardware=hardware, seen=saved.throughput.seen.after_a_break()),
         memory=replace(first.memory, peaks=saved.memory.peaks, exhausted=saved.memory.exhausted),
         avoided=first.avoided,
         steps_since_switch=0,  # the first steps behind a start are as slow as those behind a switch

@@ -11,8 +11,9 @@ from unittest import mock
 import pytest
 
 from copus_ext.core.cost.throughput_table import read_table
+from copus_ext.core.cost.visits import Visits
 from copus_ext.core.errors import UserError
-from copus_ext.core.plan import Layout, Plan, plan_from_json
+from copus_ext.core.plan import Layout, Plan
 from tests.end_to_end.launch import MOCK, MODEL, TRAINING, Outcome, events_of, launch, run_main
 from tests.ranks.harness import run_ranks
 
@@ -70,8 +71,9 @@ def test_plans_are_measured_once_and_known_to_a_run_that_starts(tmp_path: Path) 
     keep = f"--save {saved} --save-interval 1 --ckpt-format torch_dist --train-samples 16 --copus-interval 1 "
     finished(launch(RUN + keep + f"--copus-throughput-table {path} --copus-dir {run}", "--copus-space=gbs=8", ranks=2))
     state = json.loads((saved / "iter_0000001" / "copus_state.json").read_text())
-    known = {plan_from_json(one["plan"]): tuple(one["window"]) for one in state["throughput"]["histories"]}
-    assert known == table.step_times(), "of a run whose own first steps are not counted"
+    known = Visits.from_json(state["throughput"]["seen"])
+    assert known.steps == {plan: len(times) for plan, times in table.step_times().items()}
+    assert known.next_s is not None, "a run whose own first steps are not counted: all of it was before"
     assert events_of(run, "decision")
 
     other = launch(RUN + f"--seq-length 16 --copus-throughput-table {path} --copus-dir {run}", ranks=2)

@@ -4,6 +4,9 @@ The logarithm of measured / predicted step time is taken as a Gaussian process o
 plans have in common (the machine is faster than thought); what goes with the share of the step that each component
 takes (its links are slower than thought: to first order ln t moves by share x ln multiplier); and what changes slowly
 with the plan itself. Plans that resemble each other err alike, so the ratio of two is known better than either.
+
+On top comes what the machine drifts by as time goes on, which all plans share: an Ornstein-Uhlenbeck process. How much
+that is differs from machine to machine, and is told by the measurements.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from copus_ext.core.cost.plan_table import PlanTable
 from copus_ext.core.cost.step_time import StepTimeParts
 
 Array = NDArray[np.float64]
+
+_DRIFT_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # times what may be expected; each doubling is a standard deviation
 
 
 @dataclass(frozen=True)
@@ -57,12 +62,18 @@ class ErrorKernel:
     distributed optimizer and sequence parallel. ``part_sd``, ``plan_sd`` and the first six were chosen, among some
     thirty combinations, by the errors that remain when three published sweeps are replayed; they hardly change near the
     best (``tools/replay_sweeps.py``). The others do not vary there, and are by hand, as is ``common_sd``.
+
+    ``drift_sd`` is the median of what may be expected, ``drift_s`` the seconds after which little is left of a drift.
+    ``visit_sd`` is what visits to one plan differ by however long they are.
     """
 
     common_sd: float = 1.0  # wide: the figures of a machine may be off by a factor of three
     part_sd: float = 0.3  # of the logarithm of a component's multiplier
     plan_sd: float = 0.2
     lengths: tuple[float, ...] = (1.5, 2.5, 2.0, 6.0, 6.0, 2.0, 1.0, 1.0, 1.0, 1.0)
+    drift_sd: float = 0.02
+    drift_s: float = 1000.0
+    visit_sd: float = 0.01
 
     def between(self, left: Features, right: Features) -> Array:
         """[n, m] covariance of the log errors of n plans with those of m others, before any measurement."""
@@ -73,6 +84,29 @@ class ErrorKernel:
     def variance(self, features: Features) -> Array:
         """[n] diagonal of :meth:`between`."""
         return self.common_sd**2 + self.part_sd**2 * np.sum(features.shares**2, axis=1) + self.plan_sd**2
+
+    def persistence(self, left: Array, right: Array) -> Array:
+        """[n, m] correlation of the drift at n times [s] with that at m others."""
+        return np.asarray(np.exp(-np.abs(np.subtract.outer(left, right)) / self.drift_s))
+
+    def likeliest_drift(self, still: Array, times: Array, residual: Array) -> float:
+        """The standard deviation of drift, among a few, of highest posterior probability.
+
+        Rasmussen and Williams 2006, eq. 5.8, with a log-normal prior.
+
+        Args:
+            still: [n, n] covariance of n measurements without any drift.
+            times: [n] when they were made [s].
+            residual: [n] logarithms of measured / closed form.
+        """
+        persistence = self.persistence(times, times)
+
+        def cost(factor: float) -> float:
+            lower = np.linalg.cholesky(still + (factor * self.drift_sd) ** 2 * persistence)
+            white = np.linalg.solve(lower, residual)
+            return float(0.5 * white @ white + np.sum(np.log(np.diag(lower))) + 0.5 * (np.log2(factor)) ** 2)
+
+        return self.drift_sd * min(_DRIFT_FACTORS, key=cost)
 
 
 def likeness(left: Array, right: Array, lengths: Sequence[float]) -> Array:

@@ -6,8 +6,10 @@ a plan is observed, the model learns, and says of all the others how long they t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,3 +97,37 @@ def predicted_best(sweep: Sweep) -> int:
     """The plan that looks fastest before any was observed."""
     batches = np.array([plan.global_batch for plan in sweep.plans])
     return int(np.argmin(sweep.prior.predict(sweep.plans).step_time_s / batches))
+
+
+@dataclass(frozen=True)
+class VisitError:
+    """How a visit to a plan came out that was predicted from all before it.
+
+    ``log_ratio``: ln(measured / predicted); ``log_sd``: what that was expected to scatter by, the visit's own noise
+    included; ``known``: the plan had been visited before.
+    """
+
+    log_ratio: float
+    log_sd: float
+    known: bool
+
+    def is_within(self, probability: float) -> bool:
+        """The credible interval held it."""
+        return abs(self.log_ratio) < NormalDist().inv_cdf(0.5 + probability / 2) * self.log_sd
+
+
+def visit_errors(model: ThroughputModel, visits: Iterable[tuple[Plan, Sequence[float]]]) -> list[VisitError]:
+    """Go through visits in the order they were made in, predict each but the first, and learn from it."""
+    errors = []
+    for plan, seconds in visits:
+        before = model
+        for step in seconds:
+            model = model.observe(plan, step)
+        if not before.seen.visits:
+            continue
+        expected = before.predict([plan])
+        medians, variances = model.seen.log_medians()
+        off = float(medians[-1] - np.log(expected.step_time_s[0]))
+        sd = math.sqrt(expected.log_sd[0] ** 2 + model.kernel.visit_sd**2 + variances[-1])
+        errors.append(VisitError(off, sd, plan in before.seen.steps))
+    return errors

@@ -1,8 +1,8 @@
 """Predicted step times with their uncertainty: a closed form, corrected by every step that is measured.
 
-The logarithm of observed / predicted is a Gaussian process over plans (Rasmussen and Williams 2006, eq. 2.23 and 2.24)
-with the covariance of :mod:`copus_ext.core.cost.error_kernel`. A plan enters with the median of its steps, so
-evaluations, checkpoints and other odd steps do no harm as long as they are few.
+The logarithm of observed / predicted is a Gaussian process over plans and time (Rasmussen and Williams 2006, eq. 2.23
+and 2.24) with the covariance of :mod:`copus_ext.core.cost.error_kernel`. A visit to a plan enters with the median of
+its steps, so evaluations, checkpoints and other odd steps do no harm as long as they are few. Predictions are for now.
 """
 
 from __future__ import annotations
@@ -22,38 +22,10 @@ from copus_ext.core.cost.model_shape import ModelShape
 from copus_ext.core.cost.options import RunOptions
 from copus_ext.core.cost.plan_table import PlanTable
 from copus_ext.core.cost.step_time import StepTimeParts, step_times
-from copus_ext.core.plan import Plan, plan_from_json
+from copus_ext.core.cost.visits import Visits
+from copus_ext.core.plan import Plan
 
 Array = NDArray[np.float64]
-
-STEP_SD = 0.1  # of the logarithm of single steps, until there are enough to tell
-FLOOR_SD = 0.005  # a median is never better than this: machines drift
-
-WINDOW = 64  # steps of a plan that are remembered
-_STEP_SD_WORTH = 4  # observations that STEP_SD counts for
-_MAD_TO_SD = 1.4826  # of a normal distribution
-_MEDIAN_VARIANCE = math.pi / 2  # of a median over that of a mean
-
-
-@dataclass(frozen=True)
-class PlanHistory:
-    """The latest step times of one plan [s], and how many there were in all."""
-
-    plan: Plan
-    window: tuple[float, ...]
-    steps: int
-
-    def add(self, step_time_s: float) -> PlanHistory:
-        """The history with one more step."""
-        return replace(self, window=(*self.window, step_time_s)[-WINDOW:], steps=self.steps + 1)
-
-    def log_median(self) -> tuple[float, float]:
-        """Median of the log step time and the variance of that median; both bear a minority of odd steps."""
-        logs = np.log(np.asarray(self.window))
-        median = float(np.median(logs))
-        spread = _MAD_TO_SD * float(np.median(np.abs(logs - median)))
-        variance = (_STEP_SD_WORTH * STEP_SD**2 + logs.size * spread**2) / (_STEP_SD_WORTH + logs.size)
-        return median, _MEDIAN_VARIANCE * variance / logs.size + FLOOR_SD**2
 
 
 @dataclass(frozen=True)
@@ -66,16 +38,18 @@ class Predictions:
     observed_steps: NDArray[np.int64]  # [n] steps measured of that very plan
     features: Features  # what the covariance before any measurement is computed from
     explained: Array  # [observed plans, n] columns whose products are what the measurements took from it
+    drift_sd: float  # of what the machine drifts by, which all plans share
     kernel: ErrorKernel
 
     def log_covariance(self) -> Array:
         """[n, n] covariance of the log step times; n x n numbers, so not for thousands of plans."""
-        return self.kernel.between(self.features, self.features) - self.explained.T @ self.explained
+        before = self.kernel.between(self.features, self.features) + self.drift_sd**2
+        return np.asarray(before - self.explained.T @ self.explained)
 
     def log_ratio_sd(self, reference: int) -> Array:
         """[n] standard deviation of log(step time / step time of plan number ``reference``); 0 for that plan."""
         one = self.features.take(slice(reference, reference + 1))
-        shared = self.kernel.between(self.features, one)[:, 0]
+        shared = self.kernel.between(self.features, one)[:, 0] + self.drift_sd**2
         shared = shared - self.explained.T @ self.explained[:, reference]
         variance = self.log_sd**2 + self.log_sd[reference] ** 2 - 2.0 * shared
         variance[reference] = 0.0
@@ -93,7 +67,7 @@ class ThroughputModel:
 
     model: ModelShape
     hardware: Hardware
-    histories: tuple[PlanHistory, ...] = ()
+    seen: Visits = field(default_factory=Visits)
     options: RunOptions = field(default_factory=RunOptions)
     kernel: ErrorKernel = field(default_factory=ErrorKernel)
 
@@ -105,21 +79,23 @@ class ThroughputModel:
         """
         if not (math.isfinite(step_time_s) and step_time_s > 0):
             raise ValueError(f"a step takes a positive number of seconds, not {step_time_s}")
-        known = {history.plan: history for history in self.histories}
-        known[plan] = known.get(plan, PlanHistory(plan, (), 0)).add(step_time_s)
-        return replace(self, histories=tuple(known.values()))
+        return replace(self, seen=self.seen.add(plan, step_time_s))
+
+    def after_a_break(self) -> ThroughputModel:
+        """The model when what was measured is long ago."""
+        return replace(self, seen=self.seen.after_a_break())
 
     def predict(self, plans: Sequence[Plan]) -> Predictions:
         """Expected step times of ``plans``, measured or not, with their joint uncertainty."""
-        steps = {history.plan: history.steps for history in self.histories}
-        return self.predict_table(PlanTable.of(plans), np.array([steps.get(plan, 0) for plan in plans], dtype=np.int64))
+        steps = self.seen.steps
+        return self.predict_table(PlanTable.of(plans), np.array([steps[plan] for plan in plans], dtype=np.int64))
 
     def predict_table(self, table: PlanTable, observed_steps: NDArray[np.int64] | None = None) -> Predictions:
         """The same for plans as columns; where ``observed_steps`` are not told, they are given as 0."""
         parts = step_times(table, self.model, self.hardware, self.options)
         features = Features.of(table, parts)
-        correction, explained = self._posterior(features)
-        variance = self.kernel.variance(features) - np.sum(explained**2, axis=0)
+        correction, explained, drift_sd = self._posterior(features)
+        variance = self.kernel.variance(features) + drift_sd**2 - np.sum(explained**2, axis=0)
         return Predictions(
             parts=parts,
             step_time_s=parts.total * np.exp(correction),
@@ -127,39 +103,46 @@ class ThroughputModel:
             observed_steps=np.zeros(len(table), dtype=np.int64) if observed_steps is None else observed_steps,
             features=features,
             explained=explained,
+            drift_sd=drift_sd,
             kernel=self.kernel,
         )
 
-    def _posterior(self, features: Features) -> tuple[Array, Array]:
-        """[n] expected log correction, and [observed, n] factors of the covariance that measurements took away."""
-        medians = np.array([history.log_median() for history in self.histories]).reshape(-1, 2)
-        table = PlanTable.of([history.plan for history in self.histories])
+    def _posterior(self, features: Features) -> tuple[Array, Array, float]:
+        """[n] expected log correction, [observed plans + 1, n] factors of the covariance that measurements took away,
+        and the standard deviation of drift.
+        """
+        visits, kernel = self.seen.visits, self.kernel
+        numbers = {plan: number for number, plan in enumerate(self.seen.steps)}
+        visited = np.array([numbers[visit.plan] for visit in visits], dtype=np.int64)
+        table = PlanTable.of(list(numbers))
         parts = step_times(table, self.model, self.hardware, self.options)
         seen = Features.of(table, parts)
-        within = self.kernel.between(seen, seen) + np.diag(medians[:, 1])
-        return explain(within, self.kernel.between(seen, features), medians[:, 0] - np.log(parts.total))
+        medians, noise = self.seen.log_medians()
+        residual = medians - np.log(parts.total)[visited]
+        times = np.array([visit.middle_s for visit in visits])
+        still = kernel.between(seen, seen)[np.ix_(visited, visited)] + np.diag(noise + kernel.visit_sd**2)
+        drift_sd = kernel.likeliest_drift(still, times, residual)
+        within = still + drift_sd**2 * kernel.persistence(times, times)
+        # A visit shares with a plan now what the plan seen shares with it, and the drift: as many factors are enough.
+        now = drift_sd**2 * kernel.persistence(times, np.array([self.seen.now_s]))
+        factors = np.hstack([np.eye(len(numbers))[visited], now])
+        shared = np.vstack([kernel.between(seen, features), np.ones(len(features.shares))])
+        correction, explained = explain(within, factors, residual)
+        return correction @ shared, np.linalg.qr(explained, mode="r") @ shared, drift_sd
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; through ``json`` and :meth:`from_json` they come back to the last bit (floats by ``repr``)."""
-        histories = [
-            {"plan": history.plan.to_json(), "window": list(history.window), "steps": history.steps}
-            for history in self.histories
-        ]
         fixed = {name: asdict(getattr(self, name)) for name in ("model", "hardware", "options", "kernel")}
-        return {**fixed, "histories": histories}
+        return {**fixed, "seen": self.seen.to_json()}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> ThroughputModel:
-        """Inverse of :meth:`to_json`."""
-        histories = tuple(
-            PlanHistory(plan_from_json(history["plan"]), tuple(history["window"]), history["steps"])
-            for history in values["histories"]
-        )
+        """Inverse of :meth:`to_json`. What an earlier version measured is not known any more."""
         kernel = ErrorKernel(**{**values["kernel"], "lengths": tuple(values["kernel"]["lengths"])})
         return ThroughputModel(
             ModelShape(**values["model"]),
             hardware_from_json(values["hardware"]),
-            histories,
+            Visits.from_json(values["seen"]) if "seen" in values else Visits(),
             RunOptions(**values["options"]),
             kernel,
         )

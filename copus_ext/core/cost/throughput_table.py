@@ -118,11 +118,11 @@ class ThroughputTable:
         return found
 
     def seed(self, throughput: ThroughputModel, known: Container[Plan] = ()) -> ThroughputModel:
-        """The model after these steps; plans that are ``known`` already are left as they are."""
-        for plan, times in self.step_times().items():
-            for seconds in times if plan not in known else ():
-                throughput = throughput.observe(plan, seconds)
-        return throughput
+        """The model after these steps, some time ago; plans that are ``known`` already are left as they are."""
+        for row in self.rows:
+            for seconds in row.step_times_s if row.plan not in known else ():
+                throughput = throughput.observe(row.plan, seconds)
+        return throughput.after_a_break()
 
     def check(self, subject: Subject, flag: str) -> None:
         """See that the table is of this model, on as many ranks of the same machine.

@@ -125,9 +125,9 @@ def first_largest(values: Array, among: Mask) -> int:
 def _observed_steps(plans: Candidates, situation: Situation) -> NDArray[np.int64]:
     """[n] steps that were measured of each plan."""
     steps = np.zeros(len(plans), dtype=np.int64)
-    for history in situation.throughput.histories:
-        if (row := plans.row_of.get(history.plan)) is not None:
-            steps[row] = history.steps
+    for plan, count in situation.throughput.seen.steps.items():
+        if (row := plans.row_of.get(plan)) is not None:
+            steps[row] = count
     return steps
 
 

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from copus_ext.core.cost.throughput import WINDOW, PlanHistory, ThroughputModel
+from copus_ext.core.cost.throughput import ThroughputModel
+from copus_ext.core.cost.visits import BLOCK, Visit, Visits
 from copus_ext.core.efficiency.critical_ratio import CriticalRatio
 from copus_ext.core.errors import UserError
 from copus_ext.core.events import Event, read_events
@@ -91,10 +92,12 @@ class OraclePolicy(Policy):
 
 
 def with_step_times(model: ThroughputModel, step_times: Iterable[tuple[Plan, float]]) -> ThroughputModel:
-    """The model as if each plan had been measured for as many equal steps [s] as are remembered."""
-    told = {plan: PlanHistory(plan, (seconds,) * WINDOW, WINDOW) for plan, seconds in step_times}
-    kept = tuple(history for history in model.histories if history.plan not in told)
-    return replace(model, histories=(*kept, *told.values()))
+    """The model as if each plan had just been measured for some equal steps [s], on a machine that never drifts."""
+    now = model.seen.now_s
+    told = {plan: Visit(plan, now - BLOCK * seconds, (seconds,) * BLOCK) for plan, seconds in step_times}
+    kept = (visit for visit in model.seen.visits if visit.plan not in told)
+    steady = replace(model.kernel, drift_sd=0.0, visit_sd=0.0)
+    return replace(model, seen=Visits((*kept, *told.values()), now), kernel=steady)
 
 
 def read_truth(directory: str, base: Plan) -> Truth:

@@ -100,7 +100,7 @@ def judge_visits(prior: ThroughputModel, table: ThroughputTable) -> dict[str, fl
     return {
         "median_error_known": float(np.median(known)) if known else None,
         "median_error_unknown": float(np.median(unknown)) if unknown else None,
-        "coverage": float(np.mean([e.is_within(0.9) for e in errors])),
+        "coverage": float(np.mean([e.is_within(0.9) for e in errors])) if errors else None,
     }
 
 

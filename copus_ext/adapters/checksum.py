@@ -111,9 +111,11 @@ class Checksums:
             per_word = _WORD // size
             before, behind = first % per_word, (first + columns) % per_word
             of_columns = self._columns[first // per_word : -(-(first + columns) // per_word)]
-            head = -box.offset[0] % _GROUP if grouped else None
+            by_row = self._row_weights(box, grouped)
+            head = min(-box.offset[0] % _GROUP, box.shape[0]) if grouped else 0
+            by_group = torch.cat([by_row[: min(head, 1)], by_row[head::_GROUP]]) if grouped else None
             self._known[box, grouped, size] = _Weights(
-                of_columns, self._row_weights(box, grouped), before, bool(before or behind), head
+                of_columns, by_row, before, bool(before or behind), by_group, head
             )
         return self._known[box, grouped, size]
 
@@ -130,27 +132,29 @@ class Checksums:
 class _Weights(NamedTuple):
     """Of a box: by word [n], and by row [rows]. Its rows begin ``before`` elements into a word.
 
-    ``ragged``: they begin or end inside of a word. ``head``: rows up to the end of the first group of rows that share a
-    weight; ``None`` where none do.
+    ``ragged``: they begin or end inside of a word. ``by_group``: where rows share weights, those of each group; the
+    first ``head`` rows are the end of one.
     """
 
     by_word: torch.Tensor
     by_row: torch.Tensor
     before: int
     ragged: bool
-    head: int | None
+    by_group: torch.Tensor | None
+    head: int
 
 
 def _sum(view: torch.Tensor, weights: _Weights) -> torch.Tensor:
-    """Weighted sum of the words of a box: a scalar."""
-    by_row = weights.by_row
+    """Weighted sum of the words of a box: a scalar. With as few calls as can be, for most tensors are small."""
     rows = view if view.dim() == 2 else view.reshape(-1, view.shape[-1] if view.dim() else 1)
     if weights.ragged or not _in_words(rows):
-        return (_packed_row_sums(rows, weights.before, weights.by_word) * by_row).sum()
-    words = rows.view(torch.int64) if len(rows) > 1 else rows[0].view(torch.int64)[None]
-    if weights.head is not None:
-        words, by_row = _grouped(words, by_row, weights.head)
-    return (_weighted_sums(words, weights.by_word) * by_row).sum()
+        return _product(_packed_row_sums(rows, weights.before, weights.by_word), weights.by_row)
+    if rows.shape[0] == 1:
+        return _product(rows[0].view(torch.int64), weights.by_word) * weights.by_row[0]
+    words = rows.view(torch.int64)
+    if weights.by_group is None:
+        return _product(_weighted_sums(words, weights.by_word), weights.by_row)
+    return _product(_weighted_sums(_grouped(words, weights.head), weights.by_word), weights.by_group)
 
 
 def _odd_numbers(axis: int, count: int) -> torch.Tensor:
@@ -164,24 +168,24 @@ def _outer(inner: torch.Tensor, outer: torch.Tensor) -> torch.Tensor:
 
 def _in_words(rows: torch.Tensor) -> bool:
     """Every row begins where a word does, in the storage and in memory, and has its elements side by side."""
-    if rows.shape[1] > 1 and rows.stride(1) != 1:
+    (count, length), (row, one), size = rows.shape, rows.stride(), rows.element_size()
+    if length > 1 and one != 1:
         return False
-    size = rows.element_size()
-    starts = rows.storage_offset() * size | rows.data_ptr() | (rows.stride(0) * size if len(rows) > 1 else 0)
+    starts = rows.storage_offset() * size | rows.data_ptr() | (row * size if count > 1 else 0)
     return starts % _WORD == 0
 
 
-def _grouped(words: torch.Tensor, by_row: torch.Tensor, head: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of equal weight added up: [rows, n] and [rows] to [groups, n] and [groups]; a group ends behind ``head``."""
-    if len(words) <= head:
-        return words.sum(0, keepdim=True), by_row[:1]
-    whole = (len(words) - head) // _GROUP
-    end = head + whole * _GROUP
-    sums = [words[head:end].unflatten(0, (whole, _GROUP)).sum(1)] if whole else []
-    sums = [words[:head].sum(0, keepdim=True), *sums] if head else sums
-    sums += [words[end:].sum(0, keepdim=True)] if end < len(words) else []
-    weights = torch.cat([by_row[:1], by_row[head::_GROUP]]) if head else by_row[::_GROUP]
-    return _joined(sums), weights
+def _grouped(words: torch.Tensor, head: int) -> torch.Tensor:
+    """Rows of equal weight added up: [rows, n] to [groups, n]; a group ends behind ``head`` rows."""
+    whole, tail = divmod(len(words) - head, _GROUP)
+    end = len(words) - tail
+    row, one = words.stride()
+    inner = words[head:end] if head or tail else words
+    groups = inner.as_strided((whole, _GROUP, words.shape[1]), (_GROUP * row, row, one))
+    sums = [words[:head].sum(0, keepdim=True)] if head else []
+    sums += [groups.sum(1)] if whole else []
+    sums += [words[end:].sum(0, keepdim=True)] if tail else []
+    return _joined(sums)
 
 
 def _packed_row_sums(rows: torch.Tensor, before: int, weights: torch.Tensor) -> torch.Tensor:
@@ -200,6 +204,11 @@ def _packed_row_sums(rows: torch.Tensor, before: int, weights: torch.Tensor) -> 
 def _weighted_sums(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Along each row, modulo 2^64: int64 of shape [rows, n] and [n] to [rows]."""
     return torch.mv(rows, weights) if rows.is_cpu else _multiplied_sums(rows, weights)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Of two vectors, modulo 2^64: a scalar."""
+    return torch.dot(left, right) if left.is_cpu else (left * right).sum()
 
 
 def _multiplied_sums(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

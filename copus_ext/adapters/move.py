@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from copus_ext.adapters.agreement import added_up, first_said
+from copus_ext.adapters.agreement import first_said
 from copus_ext.adapters.arguments import first_line
 from copus_ext.adapters.checksum import Checksums
 from copus_ext.adapters.exchange import Exchange, Scratch
@@ -83,19 +83,20 @@ class Move:
             MoveFailed: on all ranks alike, when it has been undone.
         """
         self._begin()
-        count = len(self._stream.rounds)
+        count, messages = len(self._stream.rounds), TorchWire()
         for number in range(count):
             self._prepare(number)
             # On this round's memory, and that all have received the last round, with checksums that agree: only now
             # may what was sent be let go, and memory for packing be written to.
-            self._go_on_or_undo(max(0, number - 1))
+            # The first time by a message: over the wire nobody could be told that it has failed since the last move.
+            self._go_on_or_undo(max(0, number - 1), self._wire if number else messages)
             if number:
                 self._release(number)
             self._carry_out(self._exchanges[number])
-        self._go_on_or_undo(max(0, count - 1))
+        self._go_on_or_undo(max(0, count - 1), self._wire if count else messages)
         self._release(count)
         self._finish()
-        self._go_on_or_undo(count)
+        self._go_on_or_undo(count, messages)  # behind which nobody reads here any more, so that a wire may be let go
 
     def _prepare(self, number: int) -> None:
         """Memory for a round."""
@@ -111,13 +112,13 @@ class Move:
             self._ledger.take(self._new.memory.kept)
             self._ledger.take(self._new.memory.gradients)
 
-    def _go_on_or_undo(self, ready: int) -> None:
-        """Agree that all is well so far; ``ready`` rounds are known to be right, and their sources gone.
+    def _go_on_or_undo(self, ready: int, wire: Wire) -> None:
+        """Agree over ``wire`` that all is well so far; ``ready`` rounds are known to be right, and their sources gone.
 
         Raises:
             MoveFailed: it is not, and has been undone.
         """
-        if failure := self._agree():
+        if failure := self._agree(wire):
             self._undo(ready)
             raise MoveFailed(failure)
 
@@ -154,20 +155,23 @@ class Move:
         with self._phases("verify"), self._heard_of():
             self._sums -= self._checksums_after.of(exchange.given, self._new.pieces)
 
-    def _agree(self) -> str | None:
+    def _agree(self, wire: Wire) -> str | None:
         """What went wrong on any rank since the last time; ``None`` where all is well."""
         with self._phases("move"):  # waiting for the slowest rank is part of moving
             failed = torch.tensor([self._failure is not None], device=self._device)
-            votes = added_up(torch.cat([self._sums.flatten(), failed]))
+            try:
+                votes = wire.added_up(torch.cat([self._sums.flatten(), failed]))
+            except ReadFailed:
+                if not self._failure:
+                    raise
+                return first_said(self._failure)  # which all others come to, who could hear of it
             if not votes.any():
                 return None
-            if votes[-1]:
-                return first_said(self._failure)
-            return f"checksums differ: {', '.join(self._differing(votes[:-1].view(self._sums.shape))[:3])}"
+            return first_said(self._failure if votes[-1] else self._differing(votes[:-1].view(self._sums.shape)))
 
-    def _differing(self, sums: torch.Tensor) -> list[str]:
+    def _differing(self, sums: torch.Tensor) -> str:
         rows = sums.flatten(1).any(dim=1).tolist()
-        return list(itertools.compress(self._stream.plan.keys, rows))
+        return f"checksums differ: {', '.join(list(itertools.compress(self._stream.plan.keys, rows))[:3])}"
 
     def _release(self, number: int) -> None:
         """Let go what nothing reads after round ``number``, counted from 1; with 0, what nothing reads at all."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 
@@ -78,10 +79,10 @@ class PlanCache:
         if len(self.moves) > _KEPT_MOVES:
             del self.moves[next(iter(self.moves))]
 
-    def opened_wire(self, device: torch.device) -> Wire:
+    def opened_wire(self, device: torch.device, timeout: timedelta) -> Wire:
         """What moves between tensors on ``device`` go over. Collective the first time."""
         if self.wire is None:
-            self.wire = open_wire(device)
+            self.wire = open_wire(device, timeout)
         return self.wire
 
 
@@ -190,7 +191,8 @@ def _planned(
             return moving, Checksums(plan.keys, after, MOST_MOMENTS, memories[0].device)
 
         plans.keep(key, _on_every_rank(planned))
-    return *plans.moves[key], plans.opened_wire(old.memory[with_moments].device)
+    timeout = timedelta(minutes=old.args.distributed_timeout_minutes)
+    return *plans.moves[key], plans.opened_wire(old.memory[with_moments].device, timeout)
 
 
 def _least_room(before: JobMemory, after: JobMemory) -> int:

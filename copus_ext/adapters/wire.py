@@ -3,24 +3,32 @@
 Between processes of one host that lie on a CPU the fastest wire is memory itself. Linux lets a process read what
 another one has (``process_vm_readv``, "cross memory attach"), which is one copy straight into place, where a message
 through gloo is packets on a socket. It may be forbidden, by a sandbox or between containers. So it is tried first, and
-torch's messages are sent where any rank can't read any other.
+torch's messages are sent where any rank can't read any other. What ranks agree on while they move goes the same way.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import itertools
 import os
+import platform
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
-from copus_ext.adapters.agreement import largest, of_all_ranks
+from copus_ext.adapters.agreement import added_up, largest, of_all_ranks
+from copus_ext.adapters.board import Board
 from copus_ext.adapters.world import whole_world
 
 _PR_SET_PTRACER = 0x59616D61
+_IN_ORDER = ("x86_64", "i686")
 
 
 class Parcel(NamedTuple):
@@ -44,10 +52,19 @@ class Wire(Protocol):
 
         The n-th that a rank sends to a peer is the n-th that the peer receives from it. Behind the call this rank has
         all that it receives. What it sent may be overwritten or given back when all ranks have agreed on something
-        since, so that they have theirs.
+        since, so that they have theirs; only then may there be another call.
 
         Raises:
             ReadFailed: on this rank only. What else is raised leaves the ranks out of step.
+        """
+
+    def added_up(self, numbers: torch.Tensor) -> torch.Tensor:
+        """[n] int64 of each rank, added up over ranks: something that all have agreed on. Collective.
+
+        A wire may be let go when ranks have agreed on something since by torch's messages.
+
+        Raises:
+            ReadFailed: on this rank, which has told its numbers to the others, and can't tell them of this.
         """
 
 
@@ -68,22 +85,29 @@ class TorchWire:
             for work in works:
                 work.wait()
 
+    def added_up(self, numbers: torch.Tensor) -> torch.Tensor:
+        """As of :class:`Wire`."""
+        return added_up(numbers)
+
 
 class MemoryWire:
     """Each rank reads what it receives out of the sender's memory. For ranks on one host, and tensors on a CPU."""
 
     name = "memory"
 
-    def __init__(self, processes: Sequence[int]) -> None:
-        """``processes``: process number of each rank.
+    def __init__(self, board: Board, processes: Sequence[int], boards: Sequence[int]) -> None:
+        """This rank's ``board``; of each rank, its process number and the address of its board.
 
         Raises:
             OSError: the system can't do it.
         """
-        self._processes = processes
+        self._board, self._processes, self._boards = board, processes, boards
+        if platform.machine() not in _IN_ORDER:
+            raise OSError("other processors may see what is written in another order")
         try:
             self._libc = ctypes.CDLL(None, use_errno=True)
-            self._libc.process_vm_readv.restype = ctypes.c_ssize_t
+            self._readv = self._libc.process_vm_readv
+            self._readv.argtypes, self._readv.restype = _READV, ctypes.c_ssize_t
         except (OSError, TypeError, AttributeError) as error:
             raise OSError("no process_vm_readv") from error
 
@@ -103,13 +127,28 @@ class MemoryWire:
 
     def carry(self, sent: Sequence[Parcel], received: Sequence[Parcel], meanwhile: Callable[[], None]) -> None:
         """As of :class:`Wire`."""
-        addresses = _told(sent, received)
+        self._board.tell(_addresses(sent))
         meanwhile()
         try:
-            for (peer, tensor), address in zip(_by_peer(received), addresses, strict=True):
-                self.read(peer, address, tensor)
+            for peer, address in enumerate(self._boards):  # so that each that is cut off can tell when ranks agree
+                self.read(peer, address, torch.empty(1, dtype=torch.int64))
+            for peer, parcels in itertools.groupby(_by_peer(received), key=lambda parcel: parcel.peer):
+                for parcel, address in zip(parcels, _for_this_rank(self._heard(peer)), strict=True):
+                    self.read(peer, address, parcel.tensor)
         except OSError as error:
             raise ReadFailed(str(error)) from error
+
+    def added_up(self, numbers: torch.Tensor) -> torch.Tensor:
+        """As of :class:`Wire`."""
+        self._board.tell(numbers)
+        try:
+            heard = [self._heard(peer) for peer in range(len(self._boards)) if peer != whole_world().rank()]
+            return torch.stack([numbers, *heard]).sum(0)
+        except OSError as error:
+            raise ReadFailed(str(error)) from error
+
+    def _heard(self, peer: int) -> torch.Tensor:
+        return self._board.heard(functools.partial(self.read, peer), self._boards[peer])
 
     def read(self, peer: int, address: int, into: torch.Tensor) -> None:
         """Fill ``into`` with what lies at ``address`` on rank ``peer``.
@@ -117,13 +156,11 @@ class MemoryWire:
         Raises:
             OSError: it can't be read.
         """
-        done, size = 0, into.numel() * into.element_size()
+        done, size = 0, into.nbytes
         while done < size:
             here = _Range(into.data_ptr() + done, size - done)
             there = _Range(address + done, size - done)
-            one = ctypes.c_ulong(1)
-            pid = ctypes.c_int(self._processes[peer])
-            got = self._libc.process_vm_readv(pid, ctypes.byref(here), one, ctypes.byref(there), one, ctypes.c_ulong(0))
+            got = self._readv(self._processes[peer], here, 1, there, 1, 0)
             if got <= 0:
                 why = os.strerror(ctypes.get_errno()) if got else "nothing came"
                 raise OSError(f"memory of rank {peer} can't be read: {why}")
@@ -136,24 +173,31 @@ class _Range(ctypes.Structure):
     _fields_ = (("first", ctypes.c_void_p), ("nbytes", ctypes.c_size_t))
 
 
-def open_wire(device: torch.device) -> Wire:
-    """The fastest way between all ranks for tensors on ``device``. Collective, and the same on every rank."""
-    wire = _memory_wire() if device.type == "cpu" else None
+_RANGES = (ctypes.POINTER(_Range), ctypes.c_ulong)  # and how many
+_READV = (ctypes.c_int, *_RANGES, *_RANGES, ctypes.c_ulong)
+
+
+def open_wire(device: torch.device, timeout: timedelta = default_pg_timeout) -> Wire:
+    """The fastest way between all ranks for tensors on ``device``. Collective, and the same on every rank.
+
+    ``timeout``: how long a rank waits for another one.
+    """
+    wire = _memory_wire(timeout) if device.type == "cpu" else None
     return wire or TorchWire()
 
 
-def _memory_wire() -> MemoryWire | None:
+def _memory_wire(timeout: timedelta) -> MemoryWire | None:
     """Where every rank can read a number that every other one tells it of."""
-    secret = torch.tensor([secrets.randbits(62)])
-    told = of_all_ranks(torch.tensor([os.getpid(), secret.data_ptr(), int(secret)])).tolist()
+    board, secret = Board(timeout), torch.tensor([secrets.randbits(62)])
+    told = of_all_ranks(torch.tensor([os.getpid(), board.address, secret.data_ptr(), int(secret)])).tolist()
     wire = None
     try:
-        wire = MemoryWire([process for process, _, _ in told])
+        wire = MemoryWire(board, [process for process, *_ in told], [address for _, address, *_ in told])
         wire.let_read()
     except OSError:
         pass
     largest(0)  # all have given leave
-    reads = wire is not None and all(_reads(wire, peer, *where) for peer, (_, *where) in enumerate(told))
+    reads = wire is not None and all(_reads(wire, peer, *where) for peer, (_, _, *where) in enumerate(told))
     if largest(int(not reads)):
         if wire is not None:
             wire.let_nobody_read()
@@ -170,20 +214,20 @@ def _reads(wire: MemoryWire, peer: int, address: int, secret: int) -> bool:
     return int(found) == secret
 
 
-def _told(sent: Sequence[Parcel], received: Sequence[Parcel]) -> list[int]:
-    """Where on its sender each parcel lies, and is by now, that this rank receives: by peer. Collective."""
-    mine = torch.tensor([parcel.tensor.data_ptr() for parcel in _by_peer(sent)], dtype=torch.int64)
-    places = torch.empty(len(received), dtype=torch.int64)
-    dist.all_to_all_single(places, mine, _counts(received), _counts(sent), group=whole_world())
-    return places.tolist()
+def _addresses(sent: Sequence[Parcel]) -> torch.Tensor:
+    """Where each parcel lies, by the rank that it is for; before them, where those of each begin and end in this."""
+    ranks = whole_world().size()
+    counts = Counter(parcel.peer for parcel in sent)
+    ends = itertools.accumulate((counts[peer] for peer in range(ranks)), initial=ranks + 1)
+    return torch.tensor([*ends, *(parcel.tensor.data_ptr() for parcel in _by_peer(sent))])
+
+
+def _for_this_rank(told: torch.Tensor) -> list[int]:
+    """Of what a rank tells by :func:`_addresses`."""
+    rank = whole_world().rank()
+    addresses: list[int] = told[told[rank] : told[rank + 1]].tolist()
+    return addresses
 
 
 def _by_peer(parcels: Iterable[Parcel]) -> list[Parcel]:
     return sorted(parcels, key=lambda parcel: parcel.peer)
-
-
-def _counts(parcels: Iterable[Parcel]) -> list[int]:
-    counts = [0] * whole_world().size()
-    for parcel in parcels:
-        counts[parcel.peer] += 1
-    return counts

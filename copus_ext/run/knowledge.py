@@ -12,6 +12,7 @@ from copus_ext.core.cost.candidates import Candidates
 from copus_ext.core.cost.hardware import Hardware
 from copus_ext.core.cost.memory_model import MemoryModel
 from copus_ext.core.cost.throughput import ThroughputModel
+from copus_ext.core.cost.visits import Visits
 from copus_ext.core.files import write_whole
 from copus_ext.core.noise.noise_tracker import NoiseTracker
 from copus_ext.core.plan import Plan
@@ -89,4 +90,8 @@ def load_knowledge(checkpoints: str | None, iteration: int | None = None) -> Kno
         return None
     iteration = int(latest) if iteration is None else iteration
     path = Path(checkpoints) / f"iter_{iteration:07d}" / _FILE
-    return Knowledge.from_json(json.loads(path.read_text()), Candidates(())) if path.exists() else None
+    if not path.exists():
+        return None
+    values = json.loads(path.read_text())
+    values["throughput"].setdefault("seen", Visits().to_json())  # of earlier versions; steps are soon measured anew
+    return Knowledge.from_json(values, Candidates(()))

@@ -96,6 +96,37 @@ def slow_reader() -> Any:
     return mock.patch.object(MemoryWire, "read", late)
 
 
+def blind(at: int) -> Any:
+    """From round ``at`` on rank 1 is cut off from what the others have and tell, also if it receives nothing there."""
+    import torch.distributed as dist
+
+    from copus_ext.adapters.wire import MemoryWire
+
+    calls: list[int] = []
+    cut_off: list[int] = []
+
+    def failing(self: Any, sent: Any, received: Any, meanwhile: Any) -> None:
+        calls.append(1)
+        if dist.get_rank() == 1 and len(calls) > at:
+            cut_off.append(1)
+        carry(self, sent, received, meanwhile)
+
+    def reading(self: Any, *where: Any) -> None:
+        if cut_off:
+            raise OSError("not permitted")
+        read(self, *where)
+
+    carry, read = MemoryWire.carry, MemoryWire.read
+    return mock.patch.multiple(MemoryWire, carry=failing, read=reading)
+
+
+def cut_off_since_the_last_move(_: int) -> Any:
+    """No rank may read any other from the start, which could be read when the wire was opened."""
+    from copus_ext.adapters.wire import MemoryWire
+
+    return mock.patch.object(MemoryWire, "read", side_effect=OSError("not permitted"))
+
+
 def unreadable(at: int) -> Any:
     """From round ``at`` on rank 1 may not read what the others send it, also where the move is undone."""
     import torch.distributed as dist

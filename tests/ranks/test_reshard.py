@@ -11,7 +11,16 @@ from unittest import mock
 import pytest
 
 from copus_ext.core.plan import Layout, Plan, parse_plan
-from tests.ranks.faults import damage, no_memory, no_memory_behind, no_memory_for_packing, slow_reader, unreadable
+from tests.ranks.faults import (
+    blind,
+    cut_off_since_the_last_move,
+    damage,
+    no_memory,
+    no_memory_behind,
+    no_memory_for_packing,
+    slow_reader,
+    unreadable,
+)
 from tests.ranks.harness import run_ranks, skip_without_packages
 from tests.ranks.moving import equal, finish_gathers, is_hollow, moved, on_this_rank, seeded, start
 
@@ -299,12 +308,12 @@ def _faults(flags: str, words: str, staged: bool, by_messages: bool) -> list[tup
     before, seen = on_this_rank(job), []
     faults = [(no_memory, (0, 1, 4)), (damage, (0, 1, 4)), (no_memory_behind, (0,)), (no_memory_for_packing, (0,))]
     if not by_messages and open_wire(torch.device("cpu")).name == "memory":
-        faults.append((unreadable, (0, 3)))
+        faults += [(unreadable, (0, 3)), (blind, (0, 3)), (cut_off_since_the_last_move, (0,))]
     for fault, rounds in faults:
         for at in rounds:
             new = build(layouts, raw, plans[1], initialise_weights=False)
             options = {"chunk_bytes": 100_000, "staged": staged}
-            cache = PlanCache(wire=TorchWire() if by_messages else None)
+            cache = PlanCache(wire=TorchWire() if by_messages else open_wire(torch.device("cpu")))
             with fault(at), pytest.raises(MoveFailed) as failure:
                 moved(job, plans[1], raw, layouts, {plans[1].layout: new}, plans=cache, **options)
             seen.append((str(failure.value), equal(before, on_this_rank(job)), is_hollow(new)))
@@ -329,7 +338,8 @@ def test_a_fault_brings_everything_back(flags: str, words: str, staged: bool, by
         assert [said for said, *_ in seen[:3]] == ["rank 2: out of memory"] * 3
         assert all("checksums differ" in said for said, *_ in seen[3:6])
         assert [said for said, *_ in seen[6:8]] == ["rank 2: out of memory"] * 2
-        assert {said for said, *_ in seen[8:-1]} <= {"rank 1: not permitted"}
+        assert {said for said, *_ in seen[8:-2]} <= {"rank 1: not permitted"}
+        assert {said for said, *_ in seen[12:-1]} <= {"rank 0: not permitted"}
 
 
 def _while_one_is_slow(words: str) -> list[bool]:

@@ -100,7 +100,9 @@ def test_a_measured_sweep_on_cpu_cores_is_known_after_four_plans(table: str) -> 
     replays = [errors_after(sweep, observations=4, first=first) for first in range(len(sweep.plans))]
     assert np.mean([np.median(errors) for errors, _ in replays]) < 0.04, "visits themselves differ by 0.06"
     assert np.mean([np.mean(held) for _, held in replays]) > 0.85
-    assert np.mean([regret_after(sweep, probes=3, first=first) for first in range(len(sweep.plans))]) < 0.01
+    regrets = [regret_after(sweep, probes=3, first=first) for first in range(len(sweep.plans))]
+    assert np.mean(regrets) < 0.01
+    assert max(regrets) < 0.05
 
 
 @pytest.mark.parametrize("table", CPU_TABLES)

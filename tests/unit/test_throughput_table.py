@@ -88,12 +88,13 @@ def test_visits_go_round_layouts_and_leave_out_what_is_done() -> None:
 def test_a_model_is_seeded_as_if_it_had_taken_the_steps(tmp_path: Path) -> None:
     table = read_table(written(tmp_path), FLAG)
     prior = ThroughputModel(MODEL, shared_cpu(cores=2, ranks=4, memory_bytes=24e9))
-    other, expected = ROWS[2].plan, [prior, prior]
-    for plan, seconds in ((DATA, 0.25), (DATA, 0.5), (DATA, 0.125), (other, 1.0), (DATA, 1e-3)):
-        expected[0] = expected[0].observe(plan, seconds)
-        expected[1] = expected[1].observe(plan, seconds) if plan == DATA else expected[1]
-    assert table.seed(prior) == expected[0].after_a_break(), "visit by visit"
-    assert table.seed(prior, known={other}) == expected[1].after_a_break()
+    first = prior
+    for seconds in (0.25, 0.5, 0.125):
+        first = first.observe(DATA, seconds)
+    between = first.later().observe(ROWS[2].plan, 1.0)
+    assert table.seed(prior) == between.later().observe(DATA, 1e-3).after_a_break(), "visit by visit"
+    without = first.later(1.0).observe(DATA, 1e-3).after_a_break()
+    assert table.seed(prior, known={ROWS[2].plan}) == without, "time that passed is none of a visit"
 
 
 @pytest.mark.parametrize(

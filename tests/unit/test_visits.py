@@ -18,9 +18,11 @@ def added(visits: Visits, plan: Plan, steps: int, seconds: float = 0.5) -> Visit
 
 
 def test_steps_are_put_together_until_the_plan_changes_or_there_are_enough() -> None:
-    seen = added(added(added(Visits(), A, BLOCK + 3), B, 2), A, 1)
-    assert [(visit.plan, len(visit.window)) for visit in seen.visits] == [(A, BLOCK), (A, 3), (B, 2), (A, 1)]
-    assert seen.steps == {A: BLOCK + 4, B: 2}
+    seen = added(added(added(Visits(), A, 3 * BLOCK + 3), B, 2), A, 1)
+    visits = [(visit.plan, len(visit.window)) for visit in seen.visits]
+    assert visits == [(A, BLOCK), (A, BLOCK), (A, BLOCK + 3), (B, 2), (A, 1)]
+    assert [visit.start_s for visit in seen.visits[1:]] == [visit.end_s for visit in seen.visits[:-1]]
+    assert seen.steps == {A: 3 * BLOCK + 4, B: 2}
 
 
 def test_the_clock_counts_measured_seconds() -> None:
@@ -34,6 +36,11 @@ def test_a_break_ends_a_visit_and_leaves_all_of_it_long_ago() -> None:
     assert len(seen.visits) == 2
     assert seen.visits[1].start_s - seen.visits[0].end_s > 1e4
     assert Visits().after_a_break() == Visits()
+
+
+def test_time_in_which_nothing_is_measured_passes_and_ends_a_visit() -> None:
+    seen = added(added(Visits(), A, 2).later(3.0).later(), A, 1)
+    assert [(visit.start_s, len(visit.window)) for visit in seen.visits] == [(0.0, 2), (4.0, 1)]
 
 
 def test_of_a_long_stay_the_first_and_the_last_visit_are_kept_longest() -> None:

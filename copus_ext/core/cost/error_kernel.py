@@ -63,7 +63,7 @@ class ErrorKernel:
     thirty combinations, by the errors that remain when three published sweeps are replayed; they hardly change near the
     best (``tools/replay_sweeps.py``). The others do not vary there, and are by hand, as is ``common_sd``.
 
-    ``drift_sd`` is the median of what may be expected, ``drift_s`` the seconds after which little is left of a drift.
+    ``drift_sd`` is the median of what may be expected, ``drift_s`` the seconds in which a drift falls to 1/e.
     ``visit_sd`` is what visits to one plan differ by however long they are.
     """
 

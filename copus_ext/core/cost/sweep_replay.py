@@ -120,7 +120,8 @@ def visit_errors(model: ThroughputModel, visits: Iterable[tuple[Plan, Sequence[f
     """Go through visits in the order they were made in, predict each but the first, and learn from it."""
     errors = []
     for plan, seconds in visits:
-        before = model
+        before = model.later()
+        model = before
         for step in seconds:
             model = model.observe(plan, step)
         if not before.seen.visits:

@@ -35,9 +35,9 @@ class Predictions:
     parts: StepTimeParts  # of the closed form, before any correction; each [n]
     step_time_s: Array  # [n] median
     log_sd: Array  # [n] standard deviation of the log step time
-    observed_steps: NDArray[np.int64]  # [n] steps measured of that very plan
+    observed_steps: NDArray[np.int64]  # [n] steps of that very plan that are remembered
     features: Features  # what the covariance before any measurement is computed from
-    explained: Array  # [observed plans, n] columns whose products are what the measurements took from it
+    explained: Array  # [at most observed plans + 1, n] columns whose products are what the measurements took from it
     drift_sd: float  # of what the machine drifts by, which all plans share
     kernel: ErrorKernel
 
@@ -81,6 +81,10 @@ class ThroughputModel:
             raise ValueError(f"a step takes a positive number of seconds, not {step_time_s}")
         return replace(self, seen=self.seen.add(plan, step_time_s))
 
+    def later(self, seconds: float = 0.0) -> ThroughputModel:
+        """The model after some time in which nothing was measured: the next step begins another visit."""
+        return replace(self, seen=self.seen.later(seconds))
+
     def after_a_break(self) -> ThroughputModel:
         """The model when what was measured is long ago."""
         return replace(self, seen=self.seen.after_a_break())
@@ -108,8 +112,8 @@ class ThroughputModel:
         )
 
     def _posterior(self, features: Features) -> tuple[Array, Array, float]:
-        """[n] expected log correction, [observed plans + 1, n] factors of the covariance that measurements took away,
-        and the standard deviation of drift.
+        """[n] expected log correction, [at most observed plans + 1, n] factors of the covariance that measurements took
+        away, and the standard deviation of drift.
         """
         visits, kernel = self.seen.visits, self.kernel
         numbers = {plan: number for number, plan in enumerate(self.seen.steps)}
@@ -137,12 +141,12 @@ class ThroughputModel:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> ThroughputModel:
-        """Inverse of :meth:`to_json`. What an earlier version measured is not known any more."""
+        """Inverse of :meth:`to_json`."""
         kernel = ErrorKernel(**{**values["kernel"], "lengths": tuple(values["kernel"]["lengths"])})
         return ThroughputModel(
             ModelShape(**values["model"]),
             hardware_from_json(values["hardware"]),
-            Visits.from_json(values["seen"]) if "seen" in values else Visits(),
+            Visits.from_json(values["seen"]),
             RunOptions(**values["options"]),
             kernel,
         )

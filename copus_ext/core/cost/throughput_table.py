@@ -18,10 +18,10 @@ import numpy as np
 
 from copus_ext.core.cost.model_shape import ModelShape
 from copus_ext.core.cost.throughput import ThroughputModel
+from copus_ext.core.cost.visits import MAD_TO_SD
 from copus_ext.core.errors import UserError
 from copus_ext.core.plan import Layout, Plan
 
-_MAD_TO_SD = 1.4826  # of a normal distribution
 _LAYOUT_COLUMNS = {  # column: field of Layout
     **{size: size for size in ("dp", "tp", "pp", "vpp", "cp", "ep")},
     "sp": "sequence_parallel",
@@ -95,7 +95,7 @@ class Row:
         """Standard deviation of a step, from the median absolute deviation, which bears a minority of odd steps."""
         if not self.step_times_s:
             return float("nan")
-        return _MAD_TO_SD * float(np.median(np.abs(np.array(self.step_times_s) - self.step_time_s)))
+        return MAD_TO_SD * float(np.median(np.abs(np.array(self.step_times_s) - self.step_time_s)))
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,12 @@ class ThroughputTable:
     def seed(self, throughput: ThroughputModel, known: Container[Plan] = ()) -> ThroughputModel:
         """The model after these steps, some time ago; plans that are ``known`` already are left as they are."""
         for row in self.rows:
-            for seconds in row.step_times_s if row.plan not in known else ():
+            if row.plan in known:
+                throughput = throughput.later(sum(row.step_times_s))
+                continue
+            for seconds in row.step_times_s:
                 throughput = throughput.observe(row.plan, seconds)
+            throughput = throughput.later()
         return throughput.after_a_break()
 
     def check(self, subject: Subject, flag: str) -> None:

@@ -21,11 +21,11 @@ Array = NDArray[np.float64]
 
 STEP_SD = 0.1  # of the logarithm of single steps, until there are enough to tell
 
-BLOCK = 16  # steps of a visit at most
+BLOCK = 16  # steps of a visit; the last one of a stay has up to twice as many, so that it is never a step or two
 KEPT = 256  # visits that are remembered
 _BREAK_S = 1e5  # a day or so: what a machine does now does not follow from what it did before
 _STEP_SD_WORTH = 4  # observations that STEP_SD counts for
-_MAD_TO_SD = 1.4826  # of a normal distribution
+MAD_TO_SD = 1.4826  # of a normal distribution
 _MEDIAN_VARIANCE = pi / 2  # of a median over that of a mean
 
 
@@ -46,6 +46,13 @@ class Visit:
     def middle_s(self) -> float:
         """When the median step was made, or so."""
         return self.start_s + sum(self.window) / 2
+
+    def split(self) -> tuple[Visit, ...]:
+        """In two, when it is long enough for that."""
+        if len(self.window) < 2 * BLOCK:
+            return (self,)
+        first = replace(self, window=self.window[:BLOCK])
+        return first, Visit(self.plan, first.end_s, self.window[BLOCK:])
 
 
 @dataclass(frozen=True)
@@ -73,13 +80,18 @@ class Visits:
     def add(self, plan: Plan, step_time_s: float) -> Visits:
         """With one more step."""
         last = self.visits[-1] if self.visits else None
-        if last is not None and self.next_s is None and last.plan == plan and len(last.window) < BLOCK:
-            return Visits((*self.visits[:-1], replace(last, window=(*last.window, step_time_s))))
-        return Visits(_remembered((*self.visits, Visit(plan, self.now_s, (step_time_s,)))))
+        if last is None or self.next_s is not None or last.plan != plan:
+            return Visits(_remembered((*self.visits, Visit(plan, self.now_s, (step_time_s,)))))
+        stay = replace(last, window=(*last.window, step_time_s))
+        return Visits(_remembered((*self.visits[:-1], *stay.split())))
+
+    def later(self, seconds: float = 0.0) -> Visits:
+        """The same after some time in which nothing was measured: the next step begins another visit."""
+        return replace(self, next_s=self.now_s + seconds) if self.visits else self
 
     def after_a_break(self) -> Visits:
         """The same, long ago: the machine was stopped, or it is another one of its kind."""
-        return replace(self, next_s=self.now_s + _BREAK_S) if self.visits else self
+        return self.later(_BREAK_S)
 
     def log_medians(self) -> tuple[Array, Array]:
         """[n] medians of the log step times and the variances of these; both bear a minority of odd steps.
@@ -88,7 +100,7 @@ class Visits:
         """
         logs = [np.log(visit.window) for visit in self.visits]
         medians = np.array([np.median(log) for log in logs])
-        spreads = _MAD_TO_SD * np.array([np.median(np.abs(log - np.median(log))) for log in logs])
+        spreads = MAD_TO_SD * np.array([np.median(np.abs(log - np.median(log))) for log in logs])
         counts = np.array([log.size for log in logs], dtype=np.float64)
         usual = _shrunk(np.sum((counts - 1) * spreads**2), np.sum(counts - 1), STEP_SD**2)
         own = _shrunk((counts - 1) * spreads**2, counts - 1, usual)

@@ -244,6 +244,7 @@ def _switch(known: Knowledge, event: Event) -> Knowledge:
         known,
         plan=new,
         switch_cost=known.switch_cost.observe(old, new, seconds),
+        throughput=known.throughput.later(),
         noise=known.noise.after_switch(old, new),
         trend=trend,
         critical_ratio=ratio,

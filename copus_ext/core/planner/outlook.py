@@ -123,7 +123,7 @@ def first_largest(values: Array, among: Mask) -> int:
 
 
 def _observed_steps(plans: Candidates, situation: Situation) -> NDArray[np.int64]:
-    """[n] steps that were measured of each plan."""
+    """[n] steps of each plan that are remembered."""
     steps = np.zeros(len(plans), dtype=np.int64)
     for plan, count in situation.throughput.seen.steps.items():
         if (row := plans.row_of.get(plan)) is not None:

@@ -45,6 +45,9 @@ class Truth(NamedTuple):
     step_times: tuple[tuple[Plan, float], ...]
 
 
+_OFTEN = 16
+
+
 @dataclass(frozen=True)
 class KnownRatio(CriticalRatio):
     """c without any doubt."""
@@ -92,12 +95,11 @@ class OraclePolicy(Policy):
 
 
 def with_step_times(model: ThroughputModel, step_times: Iterable[tuple[Plan, float]]) -> ThroughputModel:
-    """The model as if each plan had just been measured for some equal steps [s], on a machine that never drifts."""
+    """The model as if each plan had just been visited often, for some equal steps [s]."""
     now = model.seen.now_s
     told = {plan: Visit(plan, now - BLOCK * seconds, (seconds,) * BLOCK) for plan, seconds in step_times}
     kept = (visit for visit in model.seen.visits if visit.plan not in told)
-    steady = replace(model.kernel, drift_sd=0.0, visit_sd=0.0)
-    return replace(model, seen=Visits((*kept, *told.values()), now), kernel=steady)
+    return replace(model, seen=Visits((*kept, *(visit for visit in told.values() for _ in range(_OFTEN))), now))
 
 
 def read_truth(directory: str, base: Plan) -> Truth:

@@ -45,7 +45,9 @@ def run_main(words: list[str]) -> Outcome:
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         mock.patch.object(sys, "argv", ["pretrain_gpt_copus.py", *words]),
-        mock.patch.object(start.time, "sleep", side_effect=SystemExit(2)),  # the launcher kills who waits
+        mock.patch.object(
+            start, "time", mock.Mock(sleep=mock.Mock(side_effect=SystemExit(2)))
+        ),  # the launcher kills who waits
     ):
         try:
             status = start.main()

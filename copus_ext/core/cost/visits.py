@@ -100,7 +100,7 @@ class Visits:
         """
         logs = [np.log(visit.window) for visit in self.visits]
         medians = np.array([np.median(log) for log in logs])
-        spreads = MAD_TO_SD * np.array([np.median(np.abs(log - np.median(log))) for log in logs])
+        spreads = MAD_TO_SD * np.array([np.median(np.abs(log - m)) for log, m in zip(logs, medians, strict=True)])
         counts = np.array([log.size for log in logs], dtype=np.float64)
         usual = _shrunk(np.sum((counts - 1) * spreads**2), np.sum(counts - 1), STEP_SD**2)
         own = _shrunk((counts - 1) * spreads**2, counts - 1, usual)

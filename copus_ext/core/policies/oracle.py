@@ -32,6 +32,7 @@ from copus_ext.core.policies.copus import CopusPolicy
 
 WIDTH = 0.1  # of the samples recorded: the window of the centred average, half of it to either side; our choice
 _UNSETTLED = 2  # steps after each change whose time does not count
+_OFTEN = 16  # visits to each plan told, so that what is told outweighs the closed form
 
 Array = NDArray[np.float64]
 
@@ -43,9 +44,6 @@ class Truth(NamedTuple):
     N: Array
     S: Array
     step_times: tuple[tuple[Plan, float], ...]
-
-
-_OFTEN = 16
 
 
 @dataclass(frozen=True)

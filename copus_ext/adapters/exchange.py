@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from copus_ext.adapters.copying import Comparison, copied
 from copus_ext.adapters.wire import Parcel, Wire
 from copus_ext.adapters.world import whole_world
 from copus_ext.core.reshard.geometry import strides
@@ -100,16 +101,37 @@ class Message(NamedTuple):
 class Exchange:
     """A round of transfers on this rank: first :meth:`prepare`, then :meth:`run`."""
 
-    def __init__(self, transfers: Iterable[Transfer], old: Sequence[Piece], new: Sequence[Piece]) -> None:
-        """``transfers``: of the round, of all ranks, in the order that all ranks have them in."""
+    def __init__(
+        self,
+        transfers: Iterable[Transfer],
+        old: Sequence[Piece],
+        new: Sequence[Piece],
+        same: Comparison | None = None,
+    ) -> None:
+        """``transfers``: of the round, of all ranks, in the order that all ranks have them in.
+
+        ``same``: compares each copy within the rank with what it was made of.
+        """
         rank = whole_world().rank()
         mine = [t for t in transfers if rank in (t.source, t.target)]
-        self.taken = [t.taken for t in mine if t.source == rank]
         self.given = [t.given for t in mine if t.target == rank]
         self._old, self._new = old, new
+        self._same = same
         self._local = [t for t in mine if not t.on_wire]
         self._out = [(t.target, t.taken) for t in mine if t.on_wire and t.source == rank]
         self._in = [(t.source, t.given) for t in mine if t.on_wire and t.target == rank]
+
+    @property
+    def read_blindly(self) -> list[Holding]:
+        """Of what is held before, what is read on this rank and not compared with what becomes of it."""
+        local = [] if self._same else [t.taken for t in self._local]
+        return local + [held for _, held in self._out]
+
+    @property
+    def written_blindly(self) -> list[Holding]:
+        """What arrives on this rank from elsewhere, or is not compared."""
+        local = [] if self._same else [t.given for t in self._local]
+        return local + [held for _, held in self._in]
 
     def packed_bytes(self, device: torch.device) -> int:
         """What :meth:`run` packs and unpacks at most, where packing is on ``device``. No piece need have its memory."""
@@ -122,27 +144,35 @@ class Exchange:
         self._sends = list(_messages((peer, v) for peer, held in self._out for v in _views(self._old, held)))
         self._receives = list(_messages((peer, v) for peer, held in self._in for v in _views(self._new, held)))
 
-    def run(self, wire: Wire, scratch: Scratch) -> None:
+    def run(self, wire: Wire, scratch: Scratch) -> list[str]:
         """Pack, send over ``wire``, copy what stays, receive, unpack. Collective over all ranks.
 
         ``scratch`` has place for :meth:`packed_bytes`. What is packed there must stay as long as ``wire`` says.
+
+        Returns:
+            Keys of what stays on this rank and is not the same as it was, as far as that is compared.
         """
+        damaged: list[str] = []
         scratch.begin()
         leaving = [(m, m.buffer(scratch)) for m in self._sends]
         arriving = [(m, m.buffer(scratch)) for m in self._receives]
         for message, buffer in leaving:
             if not message.is_direct(scratch.device):
                 _pack(message, buffer)
-        wire.carry(_parcels(leaving), _parcels(arriving), self._copy_what_stays)
+        wire.carry(_parcels(leaving), _parcels(arriving), lambda: damaged.extend(self._copy_what_stays()))
         for message, buffer in arriving:
             if not message.is_direct(scratch.device):
                 _unpack(message, buffer)
+        return damaged
 
-    def _copy_what_stays(self) -> None:
+    def _copy_what_stays(self) -> Iterator[str]:
         for transfer in self._local:
             pairs = zip(_views(self._new, transfer.given), _views(self._old, transfer.taken), strict=True)
             for target, source in pairs:
-                target.copy_(source)
+                if self._same is None:
+                    target.copy_(source)
+                elif not copied(target, source, self._same):
+                    yield transfer.given.key
 
 
 def _parcels(messages: Iterable[tuple[Message, torch.Tensor]]) -> list[Parcel]:

@@ -11,6 +11,7 @@ import torch
 from copus_ext.adapters.agreement import first_said
 from copus_ext.adapters.arguments import first_line
 from copus_ext.adapters.checksum import Checksums
+from copus_ext.adapters.copying import same_bits
 from copus_ext.adapters.exchange import Exchange, Scratch
 from copus_ext.adapters.hollow import Storages
 from copus_ext.adapters.job_memory import Side
@@ -21,9 +22,11 @@ from copus_ext.adapters.world import whole_world
 from copus_ext.core.reshard.streaming import SMALL_ROUND, Stream, stream
 from copus_ext.core.reshard.transfer import plan_transfer
 
+_NAMED = 3  # tensors that a message names at most
+
 
 class MoveFailed(RuntimeError):
-    """A rank had no memory for what should arrive, or no leave to read it, or checksums differ. All is as it was."""
+    """A rank had no memory for what should arrive, or no leave to read it, or bits differ. All is as it was."""
 
 
 class Ledger:
@@ -139,21 +142,27 @@ class Move:
             else:
                 self._release(0)
             pieces = self._old.pieces, self._new.pieces
-            self._exchanges = [Exchange(this.transfers, *pieces) for this in self._stream.rounds]
+            same = self._same if self._device.type == "cpu" else None
+            self._exchanges = [Exchange(this.transfers, *pieces, same) for this in self._stream.rounds]
             packed = (exchange.packed_bytes(self._device) for exchange in self._exchanges)
             self._ledger.add(self._scratch.reserve(max(packed, default=0)))
 
     def _carry_out(self, exchange: Exchange) -> None:
         self._sums = self._checksums_after.none()
         with self._phases("verify"), self._heard_of():
-            self._sums += self._checksums_before.of(exchange.taken, self._old.pieces).to(self._device)
+            self._sums += self._checksums_before.of(exchange.read_blindly, self._old.pieces).to(self._device)
         with self._phases("move"):
             try:
-                exchange.run(self._wire, self._scratch)
+                if damaged := exchange.run(self._wire, self._scratch):
+                    self._failure = f"rank {self._rank}: copies differ: {', '.join(damaged[:_NAMED])}"
             except ReadFailed as error:  # of anything else this rank is behind the others, and can't tell them
                 self._failure = f"rank {self._rank}: {error}"
         with self._phases("verify"), self._heard_of():
-            self._sums -= self._checksums_after.of(exchange.given, self._new.pieces)
+            self._sums -= self._checksums_after.of(exchange.written_blindly, self._new.pieces)
+
+    def _same(self, copy: torch.Tensor, source: torch.Tensor) -> bool:
+        with self._phases("verify"):
+            return same_bits(copy, source)
 
     def _agree(self, wire: Wire) -> str | None:
         """What went wrong on any rank since the last time; ``None`` where all is well."""
@@ -171,7 +180,7 @@ class Move:
 
     def _differing(self, sums: torch.Tensor) -> str:
         rows = sums.flatten(1).any(dim=1).tolist()
-        return f"checksums differ: {', '.join(list(itertools.compress(self._stream.plan.keys, rows))[:3])}"
+        return f"checksums differ: {', '.join(list(itertools.compress(self._stream.plan.keys, rows))[:_NAMED])}"
 
     def _release(self, number: int) -> None:
         """Let go what nothing reads after round ``number``, counted from 1; with 0, what nothing reads at all."""

@@ -3,16 +3,17 @@
 Fresh memory is pages that the kernel fills with zeros one by one as they are touched, which takes several times as long
 as copying into them; and what is freed the C library either returns or keeps in holes that the next tensor does not
 fit. (On a GPU torch's allocator keeps what is freed.) So pages change places (``mremap``): out of a storage about to be
-freed, into one that was just taken, and both stay where they are.
+freed, into one that was just taken, and both stay where they are. What a smaller job has no use for is there for the
+next move, unless the system needs it before (``MADV_FREE``).
 """
 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import ctypes
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, PROT_READ, PROT_WRITE
-from types import TracebackType
-from typing import Self
+from collections.abc import Iterator
+from mmap import MADV_FREE, MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, PROT_READ, PROT_WRITE
 
 import torch
 
@@ -24,48 +25,62 @@ _MOST_MAPPINGS = 2**14  # a process may have four times as many; pages that chan
 
 
 class Pages:
-    """Up to ``wanted`` bytes of pages; where the system can't do it, none. What is left over is freed at the end."""
+    """Pages that nothing lies in at present; where the system can't move them, none."""
 
-    def __init__(self, wanted: int) -> None:
-        self._wanted = wanted
+    def __init__(self) -> None:
         self._kept: list[tuple[int, int]] = []  # (bytes, address), ascending
         self._seams: list[int] = []
-        if not wanted:
-            return
+        self._most = 0  # bytes that a job had so far
+        self._keeps = False  # during a move, unless the system can't do it, or memory is short
         try:
             libc = ctypes.CDLL(None)
-            self._mremap, self._mmap, self._munmap = libc.mremap, libc.mmap, libc.munmap
-            self._seams = _mappings()
+            calls = libc.mremap, libc.mmap, libc.munmap, libc.madvise
         except (OSError, TypeError, AttributeError):  # not Linux
-            self._wanted = 0
+            self._can = False
             return
+        self._can = True
+        self._mremap, self._mmap, self._munmap, self._madvise = calls
         address, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
         self._mremap.argtypes, self._mremap.restype = [address, size, size, number, address], address
         self._mmap.argtypes, self._mmap.restype = [address, size, number, number, number, ctypes.c_long], address
         self._munmap.argtypes = [address, size]
+        self._madvise.argtypes = [address, size, number]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, what: BaseException | None, at: TracebackType | None) -> None:
+    def __del__(self) -> None:
         self.free()
 
+    @contextlib.contextmanager
+    def between(self, before: int, after: int, device: torch.device) -> Iterator[None]:
+        """During a move from a job of ``before`` bytes to one of ``after``, both on ``device``.
+
+        Of what is left over behind it, as much stays as the largest job so far had more than the new one, so that the
+        process never has more than it had.
+        """
+        self._most = max(self._most, before, after)
+        if self._can and device.type == "cpu":
+            self._keeps, self._seams = True, _mappings()
+        try:
+            yield
+        finally:
+            self._keeps = False
+            self._trim(self._most - after)
+
     def free(self) -> None:
-        """Give back what is kept, and keep nothing more."""
-        self._wanted = 0
+        """Give back what is kept, and keep nothing more in this move."""
+        self._keeps = False
         for size, place in self._kept:
             self._munmap(place, size)
         self._kept.clear()
 
     def keep(self, storage: torch.UntypedStorage) -> None:
         """Take the pages of a storage whose content is not needed any more, before it is freed."""
-        if storage.device.type != "cpu" or storage.is_shared() or not storage.resizable():
+        if not self._keeps or storage.is_shared() or not storage.resizable():
             return  # others may see it, or torch can't free it
         address, size = _whole_pages(storage)
         end, first = address + size, bisect.bisect_right(self._seams, address)
         inside = self._seams[first : bisect.bisect_left(self._seams, end)]
         for start, stop in zip([address, *inside], [*inside, end], strict=True):  # no call takes two mappings
-            self._keep(start, min(stop - start, self._wanted // PAGESIZE * PAGESIZE))
+            self._keep(start, stop - start)
 
     def give(self, storage: torch.UntypedStorage) -> None:
         """Put pages, with any content, into a storage that was just taken, as far as there are any.
@@ -73,8 +88,6 @@ class Pages:
         Raises:
             MemoryError: the storage may have lost its memory.
         """
-        if storage.device.type != "cpu":
-            return
         address, size = _whole_pages(storage)
         while self._kept and size >= _LEAST:
             fitting = bisect.bisect_left(self._kept, (size,))
@@ -90,20 +103,30 @@ class Pages:
             self._keep_rest(room - moved, place + moved)
 
     def _keep(self, address: int, size: int) -> None:
-        if size < _LEAST or len(self._seams) + len(self._kept) > _MOST_MAPPINGS:
+        if not self._keeps or size < _LEAST or len(self._seams) + len(self._kept) > _MOST_MAPPINGS:
             return
         place = self._mremap(address, size, size, _MAYMOVE | _DONTUNMAP, None)
         if place == _NOWHERE:
-            self._wanted = 0
+            self._keeps = False
         else:
             bisect.insort(self._kept, (size, place))
-            self._wanted -= size
 
     def _keep_rest(self, size: int, place: int) -> None:
         if size >= _LEAST:
             bisect.insort(self._kept, (size, place))
         elif size:
             self._munmap(place, size)
+
+    def _trim(self, most: int) -> None:
+        """Give back what is kept beyond ``most`` bytes, small ones first, and let the system have the rest."""
+        beyond = sum(size for size, _ in self._kept) - most
+        while beyond > 0:
+            size, place = self._kept.pop(0)
+            self._munmap(place, size)
+            beyond -= size
+        for size, place in self._kept:
+            if self._madvise(place, size, MADV_FREE):
+                return self.free()
 
     def _replace(self, address: int, size: int) -> None:
         flags = MAP_PRIVATE | MAP_ANONYMOUS | _MAP_FIXED

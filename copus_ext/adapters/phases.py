@@ -8,14 +8,20 @@ from collections.abc import Iterator
 
 
 class Phases:
-    """``with phases("move"): ...`` adds the block's time to ``phases.seconds["move"]``."""
+    """``with phases("move"): ...`` adds the block's time to ``phases.seconds["move"]``, less that of blocks within."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._within = 0.0  # seconds of the blocks within the present one
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Time the block and add it to phase ``name``."""
+        around, self._within = self._within, 0.0
         start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._within
+            self._within = around + spent

@@ -24,6 +24,7 @@ from copus_ext.adapters.agreement import first_failure, largest
 from copus_ext.adapters.blueprint import holdings_of_layout
 from copus_ext.adapters.carry import carry_grad_scaler, optimizer_step, set_optimizer_step, tell_where_it_stands
 from copus_ext.adapters.checksum import Checksums
+from copus_ext.adapters.derived import derive_weights
 from copus_ext.adapters.job import Job
 from copus_ext.adapters.job_memory import JobMemory, Side, gradients
 from copus_ext.adapters.job_state import UnsupportedReshard, uncovered
@@ -66,12 +67,13 @@ class ReshardReport:
 class PlanCache:
     """What was planned, what layouts hold, and what moves go over. One serves one model, one process and one device.
 
-    ``wire``: opened by the first that needs it, on all ranks, where it is not given.
+    ``wire``: opened by the first that needs it, on all ranks, where it is not given. ``pages``: of memory let go.
     """
 
     moves: dict[_Way, tuple[Stream, Checksums]] = field(default_factory=dict)
     holdings: dict[tuple[Layout, bool], list[list[Holding]]] = field(default_factory=dict)
     wire: Wire | None = None
+    pages: Pages = field(default_factory=Pages)
 
     def keep(self, way: _Way, move: tuple[Stream, Checksums]) -> None:
         """Remember how to go ``way``, and forget the one that was planned longest ago where there are many."""
@@ -126,9 +128,9 @@ def reshard(
         plan, checksums, wire = _planned(old, new, step >= 0, plans, chunk_bytes)
         before, after = old.memory[step >= 0], new.memory[step >= 0]
     try:
-        with Pages(after.nbytes if after.device.type == "cpu" else 0) as pages:
+        with plans.pages.between(before.nbytes, after.nbytes, after.device):
             with phases("move"):
-                ledger = Ledger(before.held, pages)
+                ledger = Ledger(before.held, plans.pages)
                 after.empty()
                 ledger.let_go(gradients(old))
                 ledger.let_go(before.kept, before.derived)
@@ -140,7 +142,7 @@ def reshard(
         if isinstance(plans.wire, MemoryWire):
             plans.wire = None  # to be tried again
         before.fill()
-        _derive_weights(old)
+        derive_weights(old)
         raise
     with phases("sync"):
         before.empty()
@@ -150,7 +152,7 @@ def reshard(
             for wrapper in inner_optimizers(new.optimizer):
                 wrapper.optimizer.state.clear()
         carry_grad_scaler(old, new)
-        _derive_weights(new)
+        derive_weights(new, wire)
     size = max(before.nbytes, after.nbytes)
     minimum = plan.plan.bytes_minimum
     return ReshardReport(phases.seconds, plan.plan.bytes_moved, minimum, size, max(0, ledger.peak - size))
@@ -247,16 +249,5 @@ def _held_by_all(job: Job, with_moments: bool, plans: PlanCache) -> list[list[Ho
 def _finish_parameter_gathers(job: Job) -> None:
     """Where gathering updated weights overlaps with the next forward pass, some are still on their way, or old."""
     if job.args.overlap_param_gather:
-        for chunk in job.model:
-            chunk.start_param_sync(force_sync=True)
-
-
-def _derive_weights(job: Job) -> None:
-    """Half-precision weights from main parameters, and from the other ranks' where the optimizer is distributed."""
-    if not (job.args.bf16 or job.args.fp16):
-        return
-    for wrapper in inner_optimizers(job.optimizer):
-        wrapper._copy_main_params_to_model_params()
-    if job.args.use_distributed_optimizer:
         for chunk in job.model:
             chunk.start_param_sync(force_sync=True)

@@ -59,7 +59,7 @@ def no_memory_behind(_: int) -> Any:
 
 
 def damage(at: int) -> Any:
-    """One bit of one element arrives flipped on rank 1, in the first round from ``at`` on in which anything arrives."""
+    """One bit of one element arrives flipped on rank 1, in the first round from ``at`` on that takes any there."""
     import torch
     import torch.distributed as dist
 
@@ -68,17 +68,37 @@ def damage(at: int) -> Any:
     calls: list[int] = []
     done: list[int] = []
 
-    def damaging(self: Any, wire: Any, scratch: Any) -> None:
-        run(self, wire, scratch)
+    def damaging(self: Any, wire: Any, scratch: Any) -> list[str]:
+        differing = run(self, wire, scratch)
         calls.append(1)
-        if dist.get_rank() == 1 and len(calls) > at and self.given and not done:
-            held = self.given[-1]
+        if dist.get_rank() == 1 and len(calls) > at and self.written_blindly and not done:
+            held = self.written_blindly[-1]
             view = self._new[held.piece].views(held.start, held.box.shape)[-1]
             view.copy_((view.clone().view(torch.int32) ^ 1).view(view.dtype))
             done.append(1)
+        return differing
 
     run = Exchange.run
     return mock.patch.object(Exchange, "run", damaging)
+
+
+def miscopy(at: int) -> Any:
+    """One bit flips on rank 1 while something is copied that stays there, the first time behind ``at`` others."""
+    import torch
+    import torch.distributed as dist
+
+    from copus_ext.adapters import move
+
+    calls: list[int] = []
+
+    def damaging(target: Any, source: Any) -> bool:
+        calls.append(1)
+        if dist.get_rank() == 1 and len(calls) == at + 1:
+            target.copy_((target.clone().view(torch.int32) ^ 1).view(target.dtype))
+        return same_bits(target, source)
+
+    same_bits = move.same_bits
+    return mock.patch.object(move, "same_bits", damaging)
 
 
 def slow_reader() -> Any:
@@ -125,6 +145,23 @@ def cut_off_since_the_last_move(_: int) -> Any:
     from copus_ext.adapters.wire import MemoryWire
 
     return mock.patch.object(MemoryWire, "read", side_effect=OSError("not permitted"))
+
+
+def unreadable_weights() -> Any:
+    """Rank 1 may not read the half-precision weights that the others have made behind the move."""
+    import torch
+    import torch.distributed as dist
+
+    from copus_ext.adapters.wire import MemoryWire
+
+    def failing(self: Any, sent: Any, received: Any, meanwhile: Any) -> None:
+        if dist.get_rank() == 1 and any(parcel.tensor.dtype == torch.bfloat16 for parcel in received):
+            with mock.patch.object(MemoryWire, "read", side_effect=OSError("not permitted")):
+                return carry(self, sent, received, meanwhile)
+        return carry(self, sent, received, meanwhile)
+
+    carry = MemoryWire.carry
+    return mock.patch.object(MemoryWire, "carry", failing)
 
 
 def unreadable(at: int) -> Any:

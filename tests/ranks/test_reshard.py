@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 from dataclasses import dataclass, replace
@@ -15,11 +16,13 @@ from tests.ranks.faults import (
     blind,
     cut_off_since_the_last_move,
     damage,
+    miscopy,
     no_memory,
     no_memory_behind,
     no_memory_for_packing,
     slow_reader,
     unreadable,
+    unreadable_weights,
 )
 from tests.ranks.harness import run_ranks, skip_without_packages
 from tests.ranks.moving import equal, finish_gathers, is_hollow, moved, on_this_rank, seeded, start
@@ -307,6 +310,7 @@ def _faults(flags: str, words: str, staged: bool, by_messages: bool) -> list[tup
     train_steps(job, layouts, 2)
     before, seen = on_this_rank(job), []
     faults = [(no_memory, (0, 1, 4)), (damage, (0, 1, 4)), (no_memory_behind, (0,)), (no_memory_for_packing, (0,))]
+    faults += [(miscopy, (0, 1))]
     if not by_messages and open_wire(torch.device("cpu")).name == "memory":
         faults += [(unreadable, (0, 3)), (blind, (0, 3)), (cut_off_since_the_last_move, (0,))]
     for fault, rounds in faults:
@@ -338,8 +342,9 @@ def test_a_fault_brings_everything_back(flags: str, words: str, staged: bool, by
         assert [said for said, *_ in seen[:3]] == ["rank 2: out of memory"] * 3
         assert all("checksums differ" in said for said, *_ in seen[3:6])
         assert [said for said, *_ in seen[6:8]] == ["rank 2: out of memory"] * 2
-        assert {said for said, *_ in seen[8:-2]} <= {"rank 1: not permitted"}
-        assert {said for said, *_ in seen[12:-1]} <= {"rank 0: not permitted"}
+        assert all("rank 1: copies differ: " in said for said, *_ in seen[8:10])
+        assert {said for said, *_ in seen[10:-2]} <= {"rank 1: not permitted"}
+        assert {said for said, *_ in seen[14:-1]} <= {"rank 0: not permitted"}
 
 
 def _while_one_is_slow(words: str) -> list[bool]:
@@ -361,6 +366,29 @@ def _while_one_is_slow(words: str) -> list[bool]:
 def test_what_a_slow_rank_has_not_read_yet_stays() -> None:
     for kept in run_ranks(4, _while_one_is_slow, "tp2,dp2 pp4 tp4 dp2,pp2,zero1"):
         assert all(kept)
+
+
+def _weights_on_the_way(flags: str, words: str) -> list[bool]:
+    from tests.ranks.gathering import full_weights, same
+    from tests.ranks.steps import train_steps
+
+    plans = [parse_plan(one, _BASE) for one in words.split()]
+    raw, layouts = start(flags, plans[0])
+    job = seeded(layouts, raw, plans[0])
+    train_steps(job, layouts, 2)
+    weights, kept = full_weights(job), []
+    for readable in (True, False):
+        for plan in (*plans[1:], plans[0]):
+            with contextlib.nullcontext() if readable else unreadable_weights():
+                job, _ = moved(job, plan, raw, layouts, {})
+            kept.append(same(full_weights(job), weights))
+    return kept
+
+
+@pytest.mark.parametrize("flags", ["", _EXPERTS])
+def test_weights_of_other_ranks_come_the_way_of_the_rest_or_by_messages(flags: str) -> None:
+    for kept in run_ranks(4, _weights_on_the_way, "--bf16 " + flags, "dp4,zero1 dp2,tp2,zero1 pp2,dp2,zero1"):
+        assert kept == [True] * 6
 
 
 def _census(flags: str) -> list[int]:

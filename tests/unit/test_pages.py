@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +27,14 @@ def taken(nbytes: int) -> torch.Tensor:
     return torch.empty(nbytes, dtype=torch.uint8)
 
 
+@contextlib.contextmanager
+def moving(before: int = 0, after: int = 0, pages: Pages | None = None) -> Iterator[Pages]:
+    """A move on a CPU, of jobs of so many bytes."""
+    pages = pages or Pages()
+    with pages.between(before, after, torch.device("cpu")):
+        yield pages
+
+
 def faults_of_filling(one: torch.Tensor) -> int:
     """How many pages the kernel had to make, of those that a tensor lies in."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -36,7 +46,7 @@ def faults_of_filling(one: torch.Tensor) -> int:
 def _moves() -> None:
     """Only where the system can do it."""
     gone = tensor(8 * MIB, 3)
-    with Pages(8 * MIB) as pages:
+    with moving() as pages:
         pages.keep(gone.untyped_storage())
         if not pages._kept:
             pytest.skip("this system does not move pages")
@@ -45,7 +55,7 @@ def _moves() -> None:
 @pytest.mark.usefixtures("_moves")
 def test_what_is_taken_has_the_pages_of_what_is_gone_and_both_can_be_used() -> None:
     around, gone, new = tensor(8 * MIB, 1), tensor(8 * MIB, 3), taken(8 * MIB)
-    with Pages(new.nbytes) as pages:
+    with moving() as pages:
         pages.keep(gone.untyped_storage())
         pages.give(new.untyped_storage())
     # Where earlier tests cut the memory into mappings, small ones of these are not worth moving.
@@ -62,13 +72,13 @@ def test_pages_from_several_places_go_on_together_and_on_their_own() -> None:
     small = [tensor(n * MIB // 4, n) for n in (3, 9, 5, 12, 7)]
     whole = taken(9 * MIB)
     again = [taken(n * MIB) for n in (2, 1, 5)]
-    with Pages(100 * MIB) as pages:
+    with moving() as pages:
         for one in small:
             pages.keep(one.untyped_storage())
         pages.give(whole.untyped_storage())
     assert {3, 5, 7, 9, 12} <= set(whole.unique().tolist())
     whole.fill_(1)
-    with Pages(100 * MIB) as pages:
+    with moving() as pages:
         pages.keep(whole.untyped_storage())
         for one in again:
             pages.give(one.untyped_storage())
@@ -76,13 +86,58 @@ def test_pages_from_several_places_go_on_together_and_on_their_own() -> None:
     assert sum(map(faults_of_filling, again)) < 8 * MIB // 4096 / 10, "but for a few around the seams none is fresh"
 
 
+def size_of(pages: Pages) -> int:
+    return sum(size for size, _ in pages._kept)
+
+
 @pytest.mark.usefixtures("_moves")
-def test_no_more_is_kept_than_wanted() -> None:
-    gone = [tensor(MIB // 2, 3), *(tensor(4 * MIB, 3) for _ in range(2))]
-    with Pages(2 * MIB) as pages:
+def test_what_a_smaller_job_has_no_use_for_is_there_for_the_next_move() -> None:
+    pages, large, small = Pages(), tensor(32 * MIB, 3), taken(8 * MIB)
+    with moving(large.nbytes, small.nbytes, pages):
+        pages.keep(large.untyped_storage())
+        pages.give(small.untyped_storage())
+    assert 20 * MIB < size_of(pages) <= 24 * MIB
+    small.fill_(7)
+    again = taken(32 * MIB)
+    with moving(small.nbytes, again.nbytes, pages):
+        pages.keep(small.untyped_storage())
+        pages.give(again.untyped_storage())
+    assert not size_of(pages)
+    assert faults_of_filling(again) < 32 * MIB // 4096 // 4
+
+
+@pytest.mark.usefixtures("_moves")
+def test_no_more_stays_than_the_largest_job_had_beyond_the_one_that_is_there() -> None:
+    pages, gone = Pages(), [tensor(MIB // 2, 3), *(tensor(4 * MIB, 3) for _ in range(2))]
+    with moving(9 * MIB, 4 * MIB, pages):
         for one in gone:
             pages.keep(one.untyped_storage())
-        assert MIB < sum(size for size, _ in pages._kept) <= 2 * MIB
+        assert size_of(pages) > 6 * MIB
+    assert MIB < size_of(pages) <= 5 * MIB
+    with moving(4 * MIB, 9 * MIB, pages):
+        pass
+    assert not size_of(pages)
+
+
+@pytest.mark.usefixtures("_moves")
+def test_where_memory_is_short_nothing_stays() -> None:
+    gone = tensor(8 * MIB, 3)
+    with moving(before=8 * MIB) as pages:
+        pages.keep(gone.untyped_storage())
+        pages.free()
+        pages.keep(tensor(8 * MIB, 3).untyped_storage())
+        assert not pages._kept
+    with moving(pages=pages):
+        pages.keep(tensor(8 * MIB, 3).untyped_storage())
+        assert pages._kept
+
+
+@pytest.mark.usefixtures("_moves")
+def test_pages_that_the_system_can_not_have_back_when_it_needs_them_do_not_stay() -> None:
+    gone, pages = tensor(8 * MIB, 3), Pages()
+    with mock.patch.object(pages, "_madvise", return_value=-1), moving(before=8 * MIB, pages=pages):
+        pages.keep(gone.untyped_storage())
+    assert not pages._kept
 
 
 @pytest.mark.usefixtures("_moves")
@@ -92,7 +147,7 @@ def test_going_to_and_fro_does_not_cut_memory_into_ever_more_mappings() -> None:
     ]
     held, before = [tensor(n, 0) for n in sizes[0]], len(module._mappings())
     for number in range(1, 60):
-        with Pages(sum(sizes[number % 3])) as pages:
+        with moving() as pages:
             new = [taken(n) for n in sizes[number % 3]]
             for one in held:
                 pages.keep(one.untyped_storage())
@@ -105,7 +160,7 @@ def test_going_to_and_fro_does_not_cut_memory_into_ever_more_mappings() -> None:
 @pytest.mark.usefixtures("_moves")
 def test_a_process_of_many_mappings_takes_fresh_pages() -> None:
     gone = [tensor(MIB, 3) for _ in range(4)]
-    with mock.patch.object(module, "_MOST_MAPPINGS", len(module._mappings()) + 2), Pages(8 * MIB) as pages:
+    with mock.patch.object(module, "_MOST_MAPPINGS", len(module._mappings()) + 2), moving() as pages:
         for one in gone:
             pages.keep(one.untyped_storage())
         assert 0 < len(pages._kept) < 4
@@ -115,7 +170,7 @@ def test_memory_that_others_see_is_let_be(tmp_path: Path) -> None:
     shared = tensor(MIB, 3).share_memory_()
     mapped = torch.from_file(str(tmp_path / "file"), shared=True, size=MIB, dtype=torch.uint8).fill_(3)
     array = torch.from_numpy(np.full(MIB, 3, dtype=np.uint8))
-    with Pages(8 * MIB) as pages:
+    with moving() as pages:
         for seen in (shared, mapped, array):
             pages.keep(seen.untyped_storage())
             assert bool((seen == 3).all())
@@ -125,7 +180,7 @@ def test_memory_that_others_see_is_let_be(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_moves")
 def test_what_was_given_can_be_kept_again() -> None:
     gone, new = [tensor(32 * MIB, n) for n in (3, 4)], taken(64 * MIB)
-    with Pages(256 * MIB) as pages:
+    with moving() as pages:
         for one in gone:
             pages.keep(one.untyped_storage())
         pages.give(new.untyped_storage())
@@ -136,7 +191,7 @@ def test_what_was_given_can_be_kept_again() -> None:
 @pytest.mark.parametrize("system", [{"side_effect": OSError("no library")}, {"return_value": object()}])
 def test_on_another_system_memory_is_fresh(system: dict[str, Any]) -> None:
     gone, new = tensor(MIB, 3), taken(MIB)
-    with mock.patch.object(module.ctypes, "CDLL", **system), Pages(MIB) as pages:
+    with mock.patch.object(module.ctypes, "CDLL", **system), moving() as pages:
         pages.keep(gone.untyped_storage())
         pages.give(new.untyped_storage())
     new.fill_(7)
@@ -145,7 +200,7 @@ def test_on_another_system_memory_is_fresh(system: dict[str, Any]) -> None:
 
 def test_a_kernel_that_can_not_leave_a_place_empty_is_asked_once() -> None:
     gone = tensor(8 * MIB, 3)
-    with Pages(8 * MIB) as pages:
+    with moving() as pages:
         with mock.patch.object(pages, "_mremap", return_value=module._NOWHERE) as asked:
             pages.keep(gone.untyped_storage())
             pages.keep(gone.untyped_storage())
@@ -156,7 +211,7 @@ def test_a_kernel_that_can_not_leave_a_place_empty_is_asked_once() -> None:
 @pytest.mark.usefixtures("_moves")
 def test_pages_that_can_not_be_put_leave_usable_memory() -> None:
     gone, new = tensor(8 * MIB, 3), taken(8 * MIB)
-    with Pages(8 * MIB) as pages:
+    with moving() as pages:
         pages.keep(gone.untyped_storage())
         with mock.patch.object(pages, "_mremap", return_value=module._NOWHERE):
             pages.give(new.untyped_storage())

@@ -1,0 +1,59 @@
+"""Half-precision weights are not moved: what they are follows from main parameters, where those have arrived."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed.param_and_grad_buffer import shard_buffer
+
+from copus_ext.adapters.agreement import largest
+from copus_ext.adapters.job import Job
+from copus_ext.adapters.optimizer_shards import inner_optimizers
+from copus_ext.adapters.wire import MemoryWire, Parcel, ReadFailed, Wire
+from copus_ext.adapters.world import whole_world
+
+
+def derive_weights(job: Job, wire: Wire | None = None) -> None:
+    """Make half-precision weights, of which a distributed optimizer has some, and the others come from other ranks.
+
+    Collective over all processes. Those of other ranks come over ``wire`` if it is memory, and else by messages.
+    """
+    args = job.args
+    if not (args.bf16 or args.fp16):
+        return
+    for wrapper in inner_optimizers(job.optimizer):
+        wrapper._copy_main_params_to_model_params()
+    if not args.use_distributed_optimizer:
+        return
+    # With overlapped gathers upstream keeps account of them.
+    if isinstance(wire, MemoryWire) and not args.overlap_param_gather and _read(job, wire):
+        return
+    for chunk in job.model:
+        chunk.start_param_sync(force_sync=True)
+
+
+def _read(job: Job, wire: MemoryWire) -> bool:
+    """Whether every rank could read what it lacks."""
+    sent, received = [], []
+    for ranks, bucket in _buckets(job):
+        shards = shard_buffer(bucket, len(ranks))
+        mine = shards[ranks.index(whole_world().rank())]
+        others = [(rank, shard) for rank, shard in zip(ranks, shards, strict=True) if shard is not mine]
+        sent += [Parcel(rank, mine) for rank, _ in others]
+        received += [Parcel(rank, shard) for rank, shard in others]
+    failed = False
+    try:
+        wire.carry(sent, received, lambda: None)
+    except ReadFailed:
+        failed = True
+    return not largest(int(failed))  # by a message, behind which weights may change
+
+
+def _buckets(job: Job) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Weights that are gathered together, and the ranks that have as much of them each."""
+    for chunk in job.model:
+        for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+            ranks = dist.get_process_group_ranks(group.intra_distributed_optimizer_instance_group)
+            yield from ((ranks, bucket.param_data) for bucket in group.buckets)

@@ -122,14 +122,14 @@ class Exchange:
         self._in = [(t.source, t.given) for t in mine if t.on_wire and t.target == rank]
 
     @property
-    def read_blindly(self) -> list[Holding]:
-        """Of what is held before, what is read on this rank and not compared with what becomes of it."""
+    def unchecked_sources(self) -> list[Holding]:
+        """What this rank gives, but for what :meth:`run` compares with what becomes of it."""
         local = [] if self._same else [t.taken for t in self._local]
         return local + [held for _, held in self._out]
 
     @property
-    def written_blindly(self) -> list[Holding]:
-        """What arrives on this rank from elsewhere, or is not compared."""
+    def unchecked_targets(self) -> list[Holding]:
+        """What this rank gets, but for that."""
         local = [] if self._same else [t.given for t in self._local]
         return local + [held for _, held in self._in]
 

@@ -150,7 +150,7 @@ class Move:
     def _carry_out(self, exchange: Exchange) -> None:
         self._sums = self._checksums_after.none()
         with self._phases("verify"), self._heard_of():
-            self._sums += self._checksums_before.of(exchange.read_blindly, self._old.pieces).to(self._device)
+            self._sums += self._checksums_before.of(exchange.unchecked_sources, self._old.pieces).to(self._device)
         with self._phases("move"):
             try:
                 if damaged := exchange.run(self._wire, self._scratch):
@@ -158,7 +158,7 @@ class Move:
             except ReadFailed as error:  # of anything else this rank is behind the others, and can't tell them
                 self._failure = f"rank {self._rank}: {error}"
         with self._phases("verify"), self._heard_of():
-            self._sums -= self._checksums_after.of(exchange.written_blindly, self._new.pieces)
+            self._sums -= self._checksums_after.of(exchange.unchecked_targets, self._new.pieces)
 
     def _same(self, copy: torch.Tensor, source: torch.Tensor) -> bool:
         with self._phases("verify"):

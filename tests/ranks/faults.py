@@ -71,8 +71,8 @@ def damage(at: int) -> Any:
     def damaging(self: Any, wire: Any, scratch: Any) -> list[str]:
         differing = run(self, wire, scratch)
         calls.append(1)
-        if dist.get_rank() == 1 and len(calls) > at and self.written_blindly and not done:
-            held = self.written_blindly[-1]
+        if dist.get_rank() == 1 and len(calls) > at and self.unchecked_targets and not done:
+            held = self.unchecked_targets[-1]
             view = self._new[held.piece].views(held.start, held.box.shape)[-1]
             view.copy_((view.clone().view(torch.int32) ^ 1).view(view.dtype))
             done.append(1)

@@ -15,17 +15,20 @@ import torch
 _PART_BYTES = 2**19  # a copy of it and what it was made of fit into the cache of one core
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
-
-Comparison = Callable[[torch.Tensor, torch.Tensor], bool]
+Comparison = Callable[[torch.Tensor, torch.Tensor], bool]  # True where both have the same bits
 
 
 def copied(target: torch.Tensor, source: torch.Tensor, same: Comparison) -> bool:
-    """Copy ``source`` into ``target``, of the same shape and type, part by part, as long as each is the ``same``."""
+    """Copy ``source`` into ``target``, of the same shape and type, part by part: True if each is the ``same`` then."""
+    if target.is_contiguous() and source.is_contiguous():
+        target, source = target.view(-1), source.view(-1)
     return all(same(there.copy_(here), here) for there, here in zip(_parts(target), _parts(source), strict=True))
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Of two tensors of the same shape and type on a CPU. Numbers that are not equal to themselves may be the same."""
+    """Whether two tensors on a CPU have the same shape, type and bits. NaNs of the same bits are the same."""
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
     if left.is_contiguous() and right.is_contiguous():
         return not _memcmp()(left.data_ptr(), right.data_ptr(), left.nbytes)
     return torch.equal(*(_as_integers(left, right)))
@@ -40,7 +43,7 @@ def _as_integers(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Along the first axis; rows are not cut."""
+    """Along the first axis; rows are not cut further."""
     if tensor.nbytes <= _PART_BYTES:
         yield tensor
         return

@@ -15,23 +15,28 @@ from copus_ext.adapters.wire import MemoryWire, Parcel, ReadFailed, Wire
 from copus_ext.adapters.world import whole_world
 
 
-def derive_weights(job: Job, wire: Wire | None = None) -> None:
+def derive_weights(job: Job, wire: Wire | None = None) -> bool:
     """Make half-precision weights, of which a distributed optimizer has some, and the others come from other ranks.
 
-    Collective over all processes. Those of other ranks come over ``wire`` if it is memory, and else by messages.
+    Collective over all processes. Those of other ranks come over ``wire`` if it is memory and upstream does not overlap
+    its gathers, for then each bucket group has flags that only its own functions set; and else by messages.
+
+    Returns:
+        Whether ``wire`` may be used again: the same on every rank, which have all told by a message.
     """
     args = job.args
     if not (args.bf16 or args.fp16):
-        return
+        return True
     for wrapper in inner_optimizers(job.optimizer):
         wrapper._copy_main_params_to_model_params()
     if not args.use_distributed_optimizer:
-        return
-    # With overlapped gathers upstream keeps account of them.
-    if isinstance(wire, MemoryWire) and not args.overlap_param_gather and _read(job, wire):
-        return
+        return True
+    memory = wire if isinstance(wire, MemoryWire) and not args.overlap_param_gather else None
+    if memory is not None and _read(job, memory):
+        return True
     for chunk in job.model:
         chunk.start_param_sync(force_sync=True)
+    return memory is None
 
 
 def _read(job: Job, wire: MemoryWire) -> bool:
@@ -52,7 +57,7 @@ def _read(job: Job, wire: MemoryWire) -> bool:
 
 
 def _buckets(job: Job) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Weights that are gathered together, and the ranks that have as much of them each."""
+    """Weights that are gathered together, and the ranks that each have an equal share of them, in that order."""
     for chunk in job.model:
         for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
             ranks = dist.get_process_group_ranks(group.intra_distributed_optimizer_instance_group)

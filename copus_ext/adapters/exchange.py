@@ -167,12 +167,16 @@ class Exchange:
 
     def _copy_what_stays(self) -> Iterator[str]:
         for transfer in self._local:
+            assert transfer.taken.box == transfer.given.box, "what is compared is only whether bits are the same"
             pairs = zip(_views(self._new, transfer.given), _views(self._old, transfer.taken), strict=True)
-            for target, source in pairs:
-                if self._same is None:
-                    target.copy_(source)
-                elif not copied(target, source, self._same):
-                    yield transfer.given.key
+            if not all(self._copied(target, source) for target, source in pairs):
+                yield transfer.given.key
+
+    def _copied(self, target: torch.Tensor, source: torch.Tensor) -> bool:
+        if self._same is not None:
+            return copied(target, source, self._same)
+        target.copy_(source)
+        return True
 
 
 def _parcels(messages: Iterable[tuple[Message, torch.Tensor]]) -> list[Parcel]:

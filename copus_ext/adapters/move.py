@@ -99,7 +99,7 @@ class Move:
         self._go_on_or_undo(max(0, count - 1), self._wire if count else messages)
         self._release(count)
         self._finish()
-        self._go_on_or_undo(count, messages)  # behind which nobody reads here any more, so that a wire may be let go
+        self._go_on_or_undo(count, messages)  # behind which nobody reads the old job any more
 
     def _prepare(self, number: int) -> None:
         """Memory for a round."""

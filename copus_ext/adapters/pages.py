@@ -13,12 +13,13 @@ import bisect
 import contextlib
 import ctypes
 from collections.abc import Iterator
-from mmap import MADV_FREE, MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, PROT_READ, PROT_WRITE
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, PROT_READ, PROT_WRITE
 
 import torch
 
 _MAYMOVE, _FIXED, _DONTUNMAP = 1, 2, 4  # DONTUNMAP: the place that pages leave stays, without pages; Linux 5.7
 _MAP_FIXED = 0x10
+_MADV_FREE = 8  # Linux 4.5
 _NOWHERE = ctypes.c_void_p(-1).value
 _LEAST = 2**18  # bytes that are worth a mapping
 _MOST_MAPPINGS = 2**14  # a process may have four times as many; pages that change places are mappings of their own
@@ -30,7 +31,9 @@ class Pages:
     def __init__(self) -> None:
         self._kept: list[tuple[int, int]] = []  # (bytes, address), ascending
         self._seams: list[int] = []
+        self._most_seams = _MOST_MAPPINGS
         self._most = 0  # bytes that a job had so far
+        self._wanted = 0  # bytes that this move will take and has not let go yet
         self._keeps = False  # during a move, unless the system can't do it, or memory is short
         try:
             libc = ctypes.CDLL(None)
@@ -53,12 +56,15 @@ class Pages:
     def between(self, before: int, after: int, device: torch.device) -> Iterator[None]:
         """During a move from a job of ``before`` bytes to one of ``after``, both on ``device``.
 
-        Of what is left over behind it, as much stays as the largest job so far had more than the new one, so that the
-        process never has more than it had.
+        The system may have what the new job has no use for as soon as it is let go. Of what it leaves, as much stays as
+        the largest job so far had more than the new one.
         """
-        self._most = max(self._most, before, after)
+        self._most, self._wanted = max(self._most, before, after), after
         if self._can and device.type == "cpu":
-            self._keeps, self._seams = True, _mappings()
+            with contextlib.suppress(OSError):  # no /proc
+                self._seams = _mappings()
+                self._most_seams = _MOST_MAPPINGS + len(self._kept)  # which are among them
+                self._keeps = True
         try:
             yield
         finally:
@@ -103,13 +109,16 @@ class Pages:
             self._keep_rest(room - moved, place + moved)
 
     def _keep(self, address: int, size: int) -> None:
-        if not self._keeps or size < _LEAST or len(self._seams) + len(self._kept) > _MOST_MAPPINGS:
+        if not self._keeps or size < _LEAST or len(self._seams) + len(self._kept) > self._most_seams:
             return
         place = self._mremap(address, size, size, _MAYMOVE | _DONTUNMAP, None)
         if place == _NOWHERE:
             self._keeps = False
-        else:
-            bisect.insort(self._kept, (size, place))
+            return
+        bisect.insort(self._kept, (size, place))
+        if size > self._wanted and not self._offer(place, size):
+            self.free()
+        self._wanted -= min(size, self._wanted)
 
     def _keep_rest(self, size: int, place: int) -> None:
         if size >= _LEAST:
@@ -118,15 +127,20 @@ class Pages:
             self._munmap(place, size)
 
     def _trim(self, most: int) -> None:
-        """Give back what is kept beyond ``most`` bytes, small ones first, and let the system have the rest."""
+        """Give back what is kept beyond ``most`` bytes, small ones first, and offer the rest to the system."""
         beyond = sum(size for size, _ in self._kept) - most
         while beyond > 0:
             size, place = self._kept.pop(0)
-            self._munmap(place, size)
-            beyond -= size
-        for size, place in self._kept:
-            if self._madvise(place, size, MADV_FREE):
-                return self.free()
+            cut = min(size, -(-beyond // PAGESIZE) * PAGESIZE)
+            self._munmap(place, cut)
+            self._keep_rest(size - cut, place + cut)
+            beyond -= cut
+        if not all(self._offer(place, size) for size, place in self._kept):
+            self.free()
+
+    def _offer(self, place: int, size: int) -> bool:
+        """Let the system have pages when it needs them, until they are written to; whether it can."""
+        return not self._madvise(place, size, _MADV_FREE)
 
     def _replace(self, address: int, size: int) -> None:
         flags = MAP_PRIVATE | MAP_ANONYMOUS | _MAP_FIXED

@@ -53,7 +53,7 @@ class ReshardReport:
     ``seconds`` on this rank by phase: plan, move, verify, sync (weights from main parameters, counters). Bytes are over
     all ranks: ``bytes_moved`` went from rank to rank, ``bytes_minimum`` had to. On this rank, ``state_bytes`` are what
     the larger of the two jobs takes between steps (weights, gradients, optimizer), and ``peak_extra_bytes`` what was
-    held beyond that at any time.
+    held beyond that at any time, but for pages that the system may have back.
     """
 
     seconds: dict[str, float]
@@ -115,7 +115,7 @@ def reshard(
     Raises:
         UnsupportedReshard: state that is not covered, or two jobs that do not hold the same logical tensors, on every
             rank and before anything is moved.
-        MoveFailed: memory ran out, something could not be read, or checksums of a tensor differ, on any rank. ``old``
+        MoveFailed: memory ran out, something could not be read, or bits of a tensor differ, on any rank. ``old``
             has everything again.
     """
     phases = Phases()
@@ -152,7 +152,8 @@ def reshard(
             for wrapper in inner_optimizers(new.optimizer):
                 wrapper.optimizer.state.clear()
         carry_grad_scaler(old, new)
-        derive_weights(new, wire)
+        if not derive_weights(new, wire):
+            plans.wire = None  # to be tried again
     size = max(before.nbytes, after.nbytes)
     minimum = plan.plan.bytes_minimum
     return ReshardReport(phases.seconds, plan.plan.bytes_moved, minimum, size, max(0, ledger.peak - size))

@@ -77,7 +77,7 @@ class Switched:
 
     @property
     def verify_over_wall(self) -> float:
-        """The share of checksums."""
+        """The share of checksums, and of comparing what stays on its rank."""
         return self.seconds.get("verify", 0.0) / self.wall_s
 
     @property

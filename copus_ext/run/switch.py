@@ -36,8 +36,8 @@ class SwitchReport:
 
     ``seconds`` by phase, on this rank, add up to the whole. Bytes moved from rank to rank, and those that had to, are
     over all ranks. ``state_bytes`` and ``peak_extra_bytes`` are this rank's, as of :class:`ReshardReport`. ``exact``:
-    checksums of all that moved agree; a switch where they do not is given up. ``rehearsed_bytes``: what a rehearsal
-    took of the fullest rank's device; ``None`` where nothing was rehearsed, or devices do not tell.
+    every bit arrived, by checksums or compared; a switch where one did not is given up. ``rehearsed_bytes``: what a
+    rehearsal took of the fullest rank's device; ``None`` where nothing was rehearsed, or devices do not tell.
     ``not_rehearsed``: why a rehearsal that was asked for came to nothing.
     """
 

@@ -142,7 +142,7 @@ class Telemetry:
         moved = ""
         if "move" in report.seconds:
             moved = f"; {format_bytes(report.bytes_moved)} moved" if report.bytes_moved else "; nothing had to move"
-            moved += ", checksums agree"
+            moved += ", every bit checked"
         self.say(f"switched to {report.new} in {report.total_s:.2f} s ({phases}){moved}")
 
     def close(self) -> None:

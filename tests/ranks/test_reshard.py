@@ -378,6 +378,10 @@ def test_what_a_slow_rank_has_not_read_yet_stays() -> None:
 
 
 def _weights_on_the_way(flags: str, words: str) -> list[bool]:
+    import torch
+
+    from copus_ext.adapters.reshard import PlanCache
+    from copus_ext.adapters.wire import open_wire
     from tests.ranks.gathering import full_weights, same
     from tests.ranks.steps import train_steps
 
@@ -385,19 +389,31 @@ def _weights_on_the_way(flags: str, words: str) -> list[bool]:
     raw, layouts = start(flags, plans[0])
     job = seeded(layouts, raw, plans[0])
     train_steps(job, layouts, 2)
-    weights, kept = full_weights(job), []
+    weights, seen = full_weights(job), []
+    reads = open_wire(torch.device("cpu")).name == "memory"
     for readable in (True, False):
         for plan in (*plans[1:], plans[0]):
-            with contextlib.nullcontext() if readable else unreadable_weights():
-                job, _ = moved(job, plan, raw, layouts, {})
-            kept.append(same(full_weights(job), weights))
-    return kept
+            cache = PlanCache()
+            with contextlib.nullcontext() if readable else unreadable_weights(), _gathers() as gathers:
+                job, _ = moved(job, plan, raw, layouts, {}, plans=cache)
+            by_messages = not (reads and readable)
+            seen.append(same(full_weights(job), weights) and bool(gathers.call_count) == by_messages)
+            seen.append((cache.wire is None) == (reads and not readable))
+    return seen
+
+
+def _gathers() -> Any:
+    """Upstream's gathers of weights, counted."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    sync = DistributedDataParallel.start_param_sync
+    return mock.patch.object(DistributedDataParallel, "start_param_sync", autospec=True, side_effect=sync)
 
 
 @pytest.mark.parametrize("flags", ["", _EXPERTS])
 def test_weights_of_other_ranks_come_the_way_of_the_rest_or_by_messages(flags: str) -> None:
-    for kept in run_ranks(4, _weights_on_the_way, "--bf16 " + flags, "dp4,zero1 dp2,tp2,zero1 pp2,dp2,zero1"):
-        assert kept == [True] * 6
+    for kept in run_ranks(4, _weights_on_the_way, "--bf16 " + flags, "dp4,zero1 pp2,vpp2,dp2,zero1 dp2,tp2,zero1"):
+        assert kept == [True] * 12
 
 
 def _census(flags: str) -> list[int]:

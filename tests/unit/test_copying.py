@@ -18,6 +18,7 @@ _LAID_OUT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "columns apart": lambda t: t[:, ::2],
     "vector": lambda t: t.view(-1)[3:77],
     "number": lambda t: t[3, 4],
+    "one row": lambda t: t[5:6],
     "nothing": lambda t: t[:0],
     "cube": lambda t: t.view(6, 5, 128)[:, 1:3, 5:9],
 }
@@ -28,31 +29,32 @@ def numbers(kind: torch.dtype) -> torch.Tensor:
     return torch.randint(-128, 128, (30, 128 * kind.itemsize), dtype=torch.int8).view(kind)
 
 
-@pytest.fixture(autouse=True, params=[2**19, 64])
-def _small_parts(request: pytest.FixtureRequest) -> object:
-    with mock.patch.object(module, "_PART_BYTES", request.param):
-        yield
-
-
+@pytest.mark.parametrize("part_bytes", [2**19, 64])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float64, torch.uint8])
-@pytest.mark.parametrize("source_is", list(_LAID_OUT))
-def test_every_bit_is_copied_and_found_the_same(source_is: str, kind: torch.dtype) -> None:
-    source = _LAID_OUT[source_is](numbers(kind))
-    for target in (torch.zeros(source.shape, dtype=kind), torch.zeros_like(source)):
-        assert copied(target, source, same_bits)
+@pytest.mark.parametrize("lies", list(_LAID_OUT))
+def test_every_bit_is_copied_and_found_the_same(lies: str, kind: torch.dtype, part_bytes: int) -> None:
+    source, among_others = _LAID_OUT[lies](numbers(kind)), _LAID_OUT[lies](numbers(kind))
+    for target in (torch.zeros(source.shape, dtype=kind), among_others):
+        with mock.patch.object(module, "_PART_BYTES", part_bytes):
+            assert copied(target, source, same_bits)
         assert torch.equal(*(side.contiguous().view(-1).view(torch.int8) for side in (target, source)))
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize("lies", [lies for lies in _LAID_OUT if lies != "nothing"])
 def test_a_single_other_bit_is_seen(lies: str, kind: torch.dtype) -> None:
-    for place in ((0,), (-1,), (0, -1)):
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[kind.itemsize]
+    for place in (0, -1):
         left = _LAID_OUT[lies](numbers(kind))
-        right = left.clone()
-        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[kind.itemsize]
-        element = right.view(bits)[place if right.dim() > 1 else place[-1:]] if right.dim() else right.view(bits)
-        element.bitwise_xor_(1)
+        right = left.clone(memory_format=torch.contiguous_format)
+        right.view(-1).view(integers)[place] ^= 1
         assert not same_bits(left, right)
+        assert not same_bits(right, left)
+
+
+def test_tensors_of_another_shape_or_type_are_not_the_same() -> None:
+    assert not same_bits(torch.zeros(4, 2), torch.zeros(1, 2))
+    assert not same_bits(torch.zeros(8), torch.zeros(8, dtype=torch.bfloat16))
 
 
 def test_zeros_of_other_signs_are_not_the_same() -> None:

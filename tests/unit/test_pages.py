@@ -188,6 +188,39 @@ def test_what_was_given_can_be_kept_again() -> None:
         assert sum(size for size, _ in pages._kept) > 48 * MIB
 
 
+@pytest.mark.usefixtures("_moves")
+def test_pages_that_this_move_will_not_take_may_be_taken_by_the_system_at_once() -> None:
+    gone = [tensor(8 * MIB, 3) for _ in range(3)]
+    with moving(before=24 * MIB, after=9 * MIB) as pages:
+        with mock.patch.object(pages, "_madvise", side_effect=pages._madvise) as asked:
+            for one in gone:
+                pages.keep(one.untyped_storage())
+        assert 10 * MIB < sum(call.args[1] for call in asked.call_args_list) <= 16 * MIB
+        assert size_of(pages) > 20 * MIB
+
+
+@pytest.mark.usefixtures("_moves")
+def test_a_pool_that_lives_on_is_not_cut_into_ever_more_mappings() -> None:
+    pages, before = Pages(), len(module._mappings())
+    large, small = [int(n * MIB / 3) for n in (9, 4, 7, 5, 6)], [int(n * MIB / 3) for n in (2, 1, 3)]
+    held = [tensor(n, 0) for n in large]
+    for sizes in (small, large) * 20:
+        with moving(sum(one.nbytes for one in held), sum(sizes), pages):
+            for one in held:
+                pages.keep(one.untyped_storage())
+            held = [taken(n) for n in sizes]
+            for one in held:
+                pages.give(one.untyped_storage())
+    assert len(module._mappings()) - before < 5 * sum(large) / module._LEAST
+
+
+def test_without_a_list_of_mappings_memory_is_fresh() -> None:
+    gone = tensor(8 * MIB, 3)
+    with mock.patch.object(module, "_mappings", side_effect=OSError), moving() as pages:
+        pages.keep(gone.untyped_storage())
+        assert not pages._kept
+
+
 @pytest.mark.parametrize("system", [{"side_effect": OSError("no library")}, {"return_value": object()}])
 def test_on_another_system_memory_is_fresh(system: dict[str, Any]) -> None:
     gone, new = tensor(MIB, 3), taken(MIB)

@@ -33,7 +33,7 @@ class Pages:
         self._seams: list[int] = []
         self._most_seams = _MOST_MAPPINGS
         self._most = 0  # bytes that a job had so far
-        self._wanted = 0  # bytes that this move will take and has not let go yet
+        self._wanted = 0  # bytes that this move will take, beyond what it has kept for that
         self._keeps = False  # during a move, unless the system can't do it, or memory is short
         try:
             libc = ctypes.CDLL(None)

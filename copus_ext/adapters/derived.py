@@ -34,9 +34,19 @@ def derive_weights(job: Job, wire: Wire | None = None) -> bool:
     memory = wire if isinstance(wire, MemoryWire) and not args.overlap_param_gather else None
     if memory is not None and _read(job, memory):
         return True
+    _gather(job)
+    return memory is None
+
+
+def finish_gathers(job: Job) -> None:
+    """Where gathering updated weights overlaps with the next forward pass, some are still on their way, or old."""
+    if job.args.overlap_param_gather:
+        _gather(job)
+
+
+def _gather(job: Job) -> None:
     for chunk in job.model:
         chunk.start_param_sync(force_sync=True)
-    return memory is None
 
 
 def _read(job: Job, wire: MemoryWire) -> bool:

@@ -118,20 +118,19 @@ class Exchange:
         self._old, self._new = old, new
         self._same = same
         self._local = [t for t in mine if not t.on_wire]
+        self._uncompared = [] if same else self._local
         self._out = [(t.target, t.taken) for t in mine if t.on_wire and t.source == rank]
         self._in = [(t.source, t.given) for t in mine if t.on_wire and t.target == rank]
 
     @property
     def unchecked_sources(self) -> list[Holding]:
         """What this rank gives, but for what :meth:`run` compares with what becomes of it."""
-        local = [] if self._same else [t.taken for t in self._local]
-        return local + [held for _, held in self._out]
+        return [*(t.taken for t in self._uncompared), *(held for _, held in self._out)]
 
     @property
     def unchecked_targets(self) -> list[Holding]:
         """What this rank gets, but for that."""
-        local = [] if self._same else [t.given for t in self._local]
-        return local + [held for _, held in self._in]
+        return [*(t.given for t in self._uncompared), *(held for _, held in self._in)]
 
     def packed_bytes(self, device: torch.device) -> int:
         """What :meth:`run` packs and unpacks at most, where packing is on ``device``. No piece need have its memory."""

@@ -24,7 +24,7 @@ from copus_ext.adapters.agreement import first_failure, largest
 from copus_ext.adapters.blueprint import holdings_of_layout
 from copus_ext.adapters.carry import carry_grad_scaler, optimizer_step, set_optimizer_step, tell_where_it_stands
 from copus_ext.adapters.checksum import Checksums
-from copus_ext.adapters.derived import derive_weights
+from copus_ext.adapters.derived import derive_weights, finish_gathers
 from copus_ext.adapters.job import Job
 from copus_ext.adapters.job_memory import JobMemory, Side, gradients
 from copus_ext.adapters.job_state import UnsupportedReshard, uncovered
@@ -121,7 +121,7 @@ def reshard(
     phases = Phases()
     with phases("plan"):
         _refuse_uncovered(old, new)
-        _finish_parameter_gathers(old)
+        finish_gathers(old)
         tell_where_it_stands(old)
         step = largest(optimizer_step(old))
         plans = plans or PlanCache()
@@ -245,10 +245,3 @@ def _held_by_all(job: Job, with_moments: bool, plans: PlanCache) -> list[list[Ho
     if not memory.state.adopt(plans.holdings[key][whole_world().rank()]):
         raise UnsupportedReshard(f"a job of {job.plan.layout} holds something else than its layout says")
     return plans.holdings[key]
-
-
-def _finish_parameter_gathers(job: Job) -> None:
-    """Where gathering updated weights overlaps with the next forward pass, some are still on their way, or old."""
-    if job.args.overlap_param_gather:
-        for chunk in job.model:
-            chunk.start_param_sync(force_sync=True)

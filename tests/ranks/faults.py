@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -150,31 +152,24 @@ def cut_off_since_the_last_move(_: int) -> Any:
 def unreadable_weights() -> Any:
     """Rank 1 may not read the half-precision weights that the others have made behind the move."""
     import torch
-    import torch.distributed as dist
 
-    from copus_ext.adapters.wire import MemoryWire
-
-    def failing(self: Any, sent: Any, received: Any, meanwhile: Any) -> None:
-        if dist.get_rank() == 1 and any(parcel.tensor.dtype == torch.bfloat16 for parcel in received):
-            with mock.patch.object(MemoryWire, "read", side_effect=OSError("not permitted")):
-                return carry(self, sent, received, meanwhile)
-        return carry(self, sent, received, meanwhile)
-
-    carry = MemoryWire.carry
-    return mock.patch.object(MemoryWire, "carry", failing)
+    return _unreadable(lambda received: any(parcel.tensor.dtype == torch.bfloat16 for parcel in received))
 
 
 def unreadable(at: int) -> Any:
     """From round ``at`` on rank 1 may not read what the others send it, also where the move is undone."""
+    rounds = itertools.count()
+    return _unreadable(lambda received: next(rounds) >= at and bool(received))
+
+
+def _unreadable(when: Callable[[Any], bool]) -> Any:
+    """Rank 1 may not read what it receives in a round, where that is so of the parcels."""
     import torch.distributed as dist
 
     from copus_ext.adapters.wire import MemoryWire
 
-    calls: list[int] = []
-
     def failing(self: Any, sent: Any, received: Any, meanwhile: Any) -> None:
-        calls.append(1)
-        if dist.get_rank() == 1 and len(calls) > at and received:
+        if dist.get_rank() == 1 and when(received):
             with mock.patch.object(MemoryWire, "read", side_effect=OSError("not permitted")):
                 return carry(self, sent, received, meanwhile)
         return carry(self, sent, received, meanwhile)

@@ -185,7 +185,7 @@ def test_what_was_given_can_be_kept_again() -> None:
             pages.keep(one.untyped_storage())
         pages.give(new.untyped_storage())
         pages.keep(new.untyped_storage())
-        assert sum(size for size, _ in pages._kept) > 48 * MIB
+        assert size_of(pages) > 48 * MIB
 
 
 @pytest.mark.usefixtures("_moves")

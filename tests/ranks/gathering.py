@@ -1,15 +1,23 @@
 """Logical tensors of a job, put together from all ranks, and checked to be the same on all that hold them.
 
-Ranks that have no part in the job get them, too.
+Each rank puts together its share of them, also one that has no part in the job: ask all ranks what they found.
 """
 
 from __future__ import annotations
 
+import pickle
+import zlib
 from typing import Any
+
+import numpy as np
+
+_INTEGERS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
+
+Part = tuple[str, tuple[int, ...], "np.ndarray[Any, Any]"]  # of a tensor, from an offset on, the bits as integers
 
 
 def full_weights(job: Any) -> dict[str, Any]:
-    """The model's own parameters and buffers, by the coordinates of Megatron's checkpoints."""
+    """The model's own parameters and buffers, by the coordinates of Megatron's checkpoints: this rank's share."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
     from megatron.core.utils import unwrap_model
@@ -20,14 +28,13 @@ def full_weights(job: Any) -> dict[str, Any]:
         apply_factories(entries)
         for entry in nested_values(entries):
             if isinstance(entry, ShardedTensor):
-                place, tensor = entry.global_offset, entry.data.detach()
-                added = (1,) * entry.prepend_axis_num
-                parts.append((entry.key, place, tensor.reshape(added + tuple(tensor.shape)).clone()))
+                place, bits = entry.global_offset, _bits(entry.data)
+                parts.append((entry.key, place, bits.reshape((1,) * entry.prepend_axis_num + bits.shape)))
     return _together(parts)
 
 
 def full_state(job: Any) -> dict[str, Any]:
-    """Main parameters and optimizer moments (none before the first step), by logical tensor."""
+    """Main parameters and optimizer moments (none before the first step), by logical tensor: this rank's share."""
     from copus_ext.adapters.carry import optimizer_step
     from copus_ext.adapters.job_state import job_state
 
@@ -35,38 +42,50 @@ def full_state(job: Any) -> dict[str, Any]:
     parts = []
     for holding in state.holdings:
         views = state.pieces[holding.piece].views(holding.start, holding.box.shape)
-        parts += [(f"{holding.key}#{n}", holding.box.offset, view.clone()) for n, view in enumerate(views)]
+        parts += [(f"{holding.key}#{n}", holding.box.offset, _bits(view)) for n, view in enumerate(views)]
     return _together(parts)
 
 
-def _together(mine: list[tuple[str, tuple[int, ...], Any]]) -> dict[str, Any]:
+def _bits(tensor: Any) -> np.ndarray[Any, Any]:
+    """NumPy knows no bfloat16, and what is compared are bits. Of a copy: memory shared with NumPy can't be moved."""
     import torch
+
+    integers = getattr(torch, np.dtype(_INTEGERS[tensor.element_size()]).name)
+    return tensor.detach().clone().view(integers).numpy()  # type: ignore[no-any-return]
+
+
+def _together(mine: list[Part]) -> dict[str, Any]:
     import torch.distributed as dist
 
     from copus_ext.adapters.world import whole_world
 
-    everyone: list[Any] = [None] * whole_world().size()
-    dist.all_gather_object(everyone, mine, group=whole_world())
-    found: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
-    for name, offset, tensor in (part for parts in everyone for part in parts):
-        found.setdefault(name, []).append((offset, tensor))
-    full = {}
-    for name, parts in found.items():
-        ends = [[o + n for o, n in zip(offset, t.shape, strict=True)] for offset, t in parts]
-        whole = torch.zeros([max(axis) for axis in zip(*ends, strict=True)], dtype=parts[0][1].dtype)
-        known = torch.zeros(whole.shape, dtype=torch.bool)
-        for offset, tensor in parts:
-            window = tuple(slice(o, o + n) for o, n in zip(offset, tensor.shape, strict=True))
-            agrees = (whole[window] == tensor) | ~known[window]
-            assert agrees.all(), f"replicas of {name} differ"
-            whole[window], known[window] = tensor, True
-        assert known.all(), f"nobody holds part of {name}"
-        full[name] = whole
-    return full
+    world = whole_world()
+    shares: list[list[Part]] = [[] for _ in range(world.size())]
+    for part in mine:
+        shares[zlib.crc32(part[0].encode()) % world.size()].append(part)
+    everyone: list[Any] = [None] * world.size()
+    dist.all_gather_object(everyone, [pickle.dumps(share) for share in shares], group=world)
+    found: dict[str, list[Part]] = {}
+    for theirs in everyone:
+        for part in pickle.loads(theirs[world.rank()]):
+            found.setdefault(part[0], []).append(part)
+    return {name: _whole(parts) for name, parts in found.items()}
+
+
+def _whole(parts: list[Part]) -> np.ndarray[Any, Any]:
+    """A tensor of all its parts."""
+    name, _, first = parts[0]
+    ends = [[o + n for o, n in zip(offset, bits.shape, strict=True)] for _, offset, bits in parts]
+    whole = np.zeros([max(axis) for axis in zip(*ends, strict=True)], first.dtype)
+    known = np.zeros(whole.shape, bool)
+    for _, offset, bits in parts:
+        window = tuple(slice(o, o + n) for o, n in zip(offset, bits.shape, strict=True))
+        assert ((whole[window] == bits) | ~known[window]).all(), f"replicas of {name} differ"
+        whole[window], known[window] = bits, True
+    assert known.all(), f"nobody holds part of {name}"
+    return whole
 
 
 def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
     """Bit for bit."""
-    import torch
-
-    return left.keys() == right.keys() and all(torch.equal(tensor, right[name]) for name, tensor in left.items())
+    return left.keys() == right.keys() and all(np.array_equal(bits, right[name]) for name, bits in left.items())

@@ -6,6 +6,7 @@ import importlib.util
 import io
 import logging
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import queue
 import sys
@@ -20,6 +21,9 @@ import pytest
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.ranks.preload"])
+# torch's stores look up the names of whoever connects, for their logs. Where a name server does not answer, as one
+# query in forty goes lost on some machines, that takes five seconds.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 _EXIT_S = 10.0  # for ranks that have given their results to end by themselves, with the processes they started
 
 
@@ -31,6 +35,11 @@ def skip_without_packages(flags: str) -> None:
 
 def _is_there(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+def load_megatron() -> None:
+    """Start the fork server, which loads Megatron while the caller goes on."""
+    multiprocessing.forkserver.ensure_running()
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 180.0) -> list[Any]:

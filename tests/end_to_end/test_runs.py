@@ -90,7 +90,7 @@ def test_overlap_and_evaluation_on_the_way_change_no_loss(tmp_path: Path) -> Non
 
 def test_copus_moves_a_run_and_tells_why(tmp_path: Path) -> None:
     """One sequence at a time is slow wherever it runs, so larger micro-batches win. In the format of docs/events.md."""
-    flags = "--copus-interval 5 --copus-dwell-steps 5 --train-samples 1280 --global-batch-size 32"
+    flags = "--copus-interval 5 --copus-dwell-steps 5 --train-samples 1280 --global-batch-size 32 --copus-hardware cpu"
     finished(launch(RUN + flags, f"--copus-dir={tmp_path}", "--copus-space", "tp=1 pp=1,2 mbs=1,8 gbs=16..64"))
     events = read_events(tmp_path / "events.jsonl")
     for event in events:

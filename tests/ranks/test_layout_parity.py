@@ -10,8 +10,8 @@ import pytest
 from copus_ext.core.plan import Layout, Plan
 from tests.ranks.harness import run_ranks
 
-STEPS = 4
-BATCH = 8
+STEPS = 3
+BATCH, MICRO_BATCH = 8, 2
 LAYOUTS = (
     Layout(dp=4),
     Layout(dp=2, tp=2),
@@ -34,7 +34,7 @@ def curve(flags: str, layout: Layout) -> list[tuple[float | None, ...]]:
     from tests.ranks.stepping import one_step
     from tests.ranks.tiny import raw_arguments, start_upstream
 
-    plan = Plan(layout, 1, BATCH)
+    plan = Plan(layout, MICRO_BATCH, BATCH)
     args, _, groups = start_upstream(raw_arguments(flags), plan)
     job = build_job(plan, args, groups)
     return [tuple(one_step(job, first_sample=BATCH * step)) for step in range(STEPS)]

@@ -12,7 +12,7 @@ import pytest
 from copus_ext.core.plan import Layout, Plan, parse_plan
 from copus_ext.core.planner.betas import beta_at_batch
 from copus_ext.core.planner.learning_rate import learning_rate_factor
-from tests.end_to_end.launch import MOCK, MODEL, Outcome, losses_of, run_main
+from tests.end_to_end.launch import MOCK, MODEL, TRAINING, Outcome, losses_of, run_main
 from tests.ranks.harness import run_ranks
 
 _LR, _MIN_LR, _BETAS = 1e-3, 1e-4, (0.9, 0.95)
@@ -92,9 +92,8 @@ def test_the_optimizer_has_the_betas_and_bounds_of_its_plan_to_the_last_bit(case
 
 
 RUN = (
-    MODEL + MOCK + "--lr 1e-3 --min-lr 1e-4 --lr-warmup-samples 40 --lr-warmup-init 1e-5 --lr-decay-style cosine "
-    "--adam-beta2 0.95 --micro-batch-size 1 --global-batch-size 8 --train-samples 184 --eval-interval 1000 "
-    "--eval-iters 1 --log-interval 1 --seed 1234 --save-interval 7 --ckpt-format torch_dist --copus-interval 3 "
+    MODEL + TRAINING + MOCK + "--lr-warmup-samples 40 --lr-warmup-init 1e-5 --adam-beta2 0.95 --micro-batch-size 1 "
+    "--global-batch-size 8 --train-samples 184 --save-interval 7 --ckpt-format torch_dist --copus-interval 3 "
     "--copus-policy schedule --copus-lr-rule adascale --copus-beta-rule half-life "
 )
 PLANS = "0:dp2,gbs8 24:dp2,gbs16 88:tp2,gbs24"

@@ -143,6 +143,7 @@ def _add_run_flags(group: Any) -> None:
     group.add_argument("--no-overlap-p2p-communication", action="store_true")
     group.add_argument("--tp-comm-overlap", action="store_true")
     group.add_argument("--grad-reduce-in-bf16", action="store_true")
+    group.add_argument("--no-gradient-accumulation-fusion", action="store_true")
     group.add_argument("--hidden-dropout", type=float, default=0.0, metavar="P", help="(0)")
 
 
@@ -193,6 +194,7 @@ def _options(flags: argparse.Namespace) -> RunOptions:
         gradient_bytes=2 if flags.grad_reduce_in_bf16 else 4,
         dropout=flags.hidden_dropout > 0,
         fp8=flags.fp8_format is not None,
+        fused_accumulation=not flags.no_gradient_accumulation_fusion,
     )
 
 

@@ -4,9 +4,10 @@
 
 Of each sweep among the published points, the constants are fitted without its source first. Every plan of a sweep is
 the first one observed in turn. Prints JSON: by sweep ``median_error`` and ``coverage`` of the 90 % interval after
-``--observed`` plans, ``regret_of_first_choice`` of the plan predicted best, and after ``--probes`` more
+``--observed`` plans, ``median_error_left_out`` of each plan after all others, ``regret_of_first_choice`` of the plan predicted best, and after ``--probes`` more
 ``regret_from_first_choice`` and ``mean_regret`` over all plans to start from. Of each table also ``visits``: median
 errors of plans seen before and not, where every visit is predicted from those before it, and ``coverage``.
+``median_error_of_all`` counts every prediction of all published sweeps, and of all tables, once.
 
 Needs scipy: pip install "copus-megatron[fit]".
 """
@@ -17,21 +18,32 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from copus_ext.core.cost.error_kernel import ErrorKernel
 from copus_ext.core.cost.hardware_file import load_hardware
+from copus_ext.core.cost.options import ON_CPU, RunOptions
 from copus_ext.core.cost.points import read_points
 from copus_ext.core.cost.published import POINTS, Points, hardware_of, open_plans, read_fit, usable
-from copus_ext.core.cost.sweep_replay import Sweep, errors_after, predicted_best, regret_after, visit_errors
+from copus_ext.core.cost.sweep_replay import (
+    Sweep,
+    errors_after,
+    errors_left_out,
+    predicted_best,
+    regret_after,
+    visit_errors,
+)
 from copus_ext.core.cost.throughput import ThroughputModel
 from copus_ext.core.cost.throughput_table import ThroughputTable, read_table
 from copus_ext.core.errors import UserError
 from fit_throughput import START, Problem, constants_of, fit_constants
+
+Replay = tuple[NDArray[np.float64], NDArray[np.bool_]]
 
 _LEAST_PLANS = 8
 _FIGURES = ("median_error", "coverage", "regret_of_first_choice", "regret_from_first_choice", "mean_regret")
@@ -55,15 +67,20 @@ def published_sweeps() -> Iterator[Sweep]:
         yield Sweep(str(name), prior, tuple(times), tuple(times.values()))
 
 
-def judge(sweep: Sweep, observed: int, probes: int) -> dict[str, Any]:
+def replays_of(sweep: Sweep, observed: int) -> list[Replay]:
+    """Errors of what was not observed, and which intervals held, every plan being the first one in turn."""
+    return [errors_after(sweep, observed, first) for first in range(len(sweep.plans))]
+
+
+def judge(sweep: Sweep, replays: Sequence[Replay], probes: int) -> dict[str, Any]:
     """The figures of one sweep."""
     everyone = range(len(sweep.plans))
-    replays = [errors_after(sweep, observed, first) for first in everyone]
     first = predicted_best(sweep)
     return {
         "plans": len(sweep.plans),
         "median_error": float(np.mean([np.median(errors) for errors, _ in replays])),
         "coverage": float(np.mean([np.mean(held) for _, held in replays])),
+        "median_error_left_out": float(np.median(errors_left_out(sweep))),
         "regret_of_first_choice": regret_after(sweep, 0, first),
         "regret_from_first_choice": regret_after(sweep, probes, first),
         "mean_regret": float(np.mean([regret_after(sweep, probes, start) for start in everyone])),
@@ -84,13 +101,11 @@ def measured_sweep(name: str, prior: ThroughputModel, table: ThroughputTable) ->
     return Sweep(name, prior, tuple(times), tuple(times.values()))
 
 
-def judge_table(path: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The figures of the sweep that a table holds, and of its visits one after the other."""
-    table = measured_table(path, args.visits)
+def prior_of(table: ThroughputTable, hardware: str) -> ThroughputModel:
+    """What is expected of a table's plans before anything was measured."""
     assert table.subject is not None
-    prior = ThroughputModel(table.subject.model, load_hardware(args.hardware))
-    visits = judge_visits(replace(prior, kernel=replace(prior.kernel, drift_sd=args.drift_sd)), table)
-    return {**judge(measured_sweep(path, prior, table), args.observed, args.probes), "visits": visits}
+    options = ON_CPU if "CPU" in table.subject.device else RunOptions()
+    return ThroughputModel(table.subject.model, load_hardware(hardware), options=options)
 
 
 def judge_visits(prior: ThroughputModel, table: ThroughputTable) -> dict[str, float | None]:
@@ -117,13 +132,24 @@ def main() -> int:
     )
     args = parser.parse_args()
     try:
-        measured = {path: judge_table(path, args) for path in args.table or ()}
+        tables = {path: measured_table(path, args.visits) for path in args.table or ()}
+        priors = {path: prior_of(table, args.hardware) for path, table in tables.items()}
     except UserError as error:
         print(f"replay_sweeps.py: {error}", file=sys.stderr)
         return 2
-    found = {sweep.name: judge(sweep, args.observed, args.probes) for sweep in published_sweeps()} | measured
+    found: dict[str, dict[str, Any]] = {}
+    of_all = {}
+    measured = [measured_sweep(path, priors[path], table) for path, table in tables.items()]
+    for kind, sweeps in (("published", list(published_sweeps())), ("tables", measured)):
+        replays = [replays_of(sweep, args.observed) for sweep in sweeps]
+        found |= {sweep.name: judge(sweep, its, args.probes) for sweep, its in zip(sweeps, replays, strict=True)}
+        if sweeps:
+            of_all[kind] = float(np.median(np.concatenate([errors for its in replays for errors, _ in its])))
+    for path, table in tables.items():
+        kernel = replace(priors[path].kernel, drift_sd=args.drift_sd)
+        found[path]["visits"] = judge_visits(replace(priors[path], kernel=kernel), table)
     means = {name: float(np.mean([figures[name] for figures in found.values()])) for name in _FIGURES}
-    print(json.dumps({"sweeps": found, "mean_over_sweeps": means}, indent=1))
+    print(json.dumps({"sweeps": found, "mean_over_sweeps": means, "median_error_of_all": of_all}, indent=1))
     return 0
 
 

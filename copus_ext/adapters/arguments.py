@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.optimizer import USING_PYTORCH_OPTIMIZER
 from megatron.core.transformer.enums import AttnBackend
 from megatron.training import arguments as upstream
 
@@ -190,4 +191,6 @@ def run_options(raw: argparse.Namespace) -> RunOptions:
         dropout=max(raw.hidden_dropout, raw.attention_dropout) > 0,
         fp8=raw.fp8 is not None,
         context_bytes=CUDA_CONTEXT_BYTES if torch.cuda.is_available() else 0.0,
+        fused_accumulation=raw.gradient_accumulation_fusion,
+        fused_adam=not USING_PYTORCH_OPTIMIZER,
     )

@@ -51,7 +51,7 @@ def _bits(tensor: Any) -> np.ndarray[Any, Any]:
     import torch
 
     integers = getattr(torch, np.dtype(_INTEGERS[tensor.element_size()]).name)
-    return tensor.detach().clone().view(integers).numpy()  # type: ignore[no-any-return]
+    return tensor.detach().clone().view(integers).numpy()
 
 
 def _together(mine: list[Part]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 
 from copus_ext.core.cost.hardware import Hardware, shared_cpu
 from copus_ext.core.cost.model_shape import ModelShape
+from copus_ext.core.cost.options import RunOptions
 from copus_ext.core.cost.step_time import StepTimeParts, step_time_parts
 from copus_ext.core.plan import Layout, Plan, parse_plan
 
@@ -27,6 +28,7 @@ NODE = Hardware(
     step_overhead_s=0.01,
     layer_overhead_s=1e-4,
 )
+EXPERTS = replace(MODEL, experts=8, experts_per_token=2, moe_ffn=2048, tied=False)
 HEADLESS = replace(MODEL, vocab=0)  # an output layer on the last stage would make stages unequal
 
 
@@ -125,6 +127,36 @@ def test_a_distributed_optimizer_shards_the_optimizer_step() -> None:
     assert sharded.data == pytest.approx(plain.data)  # fp32: reduce-scatter and all-gather make up one all-reduce
 
 
+def test_adam_of_torch_goes_over_memory_once_for_each_operation() -> None:
+    plan, options = Plan(Layout(dp=8), 1, 8), RunOptions(fused_adam=False)
+    fused, by_torch = (step_time_parts(plan, MODEL, NODE, each) for each in (RunOptions(), options))
+    more = MODEL.params * (80 - 28) / NODE.memory_bandwidth
+    assert by_torch.optimizer - fused.optimizer == pytest.approx(more)
+    assert replace(by_torch, optimizer=fused.optimizer) == fused
+
+
+@pytest.mark.parametrize(
+    ("words", "model"),
+    [
+        ("dp8,mbs1,gbs8", MODEL),
+        ("dp8,mbs1,gbs32", MODEL),
+        ("dp2,tp4,mbs1,gbs8", MODEL),
+        ("dp8,mbs1,gbs8", EXPERTS),
+        ("dp8,ep8,mbs1,gbs8", EXPERTS),
+    ],
+)
+def test_every_micro_batch_adds_up_its_gradients_where_products_do_not(words: str, model: ModelShape) -> None:
+    plan = parse_plan(words, Plan(Layout(dp=8), 1, 8))
+    layout = plan.layout
+    fused, apart = (
+        step_time_parts(plan, model, NODE, RunOptions(fused_accumulation=each)).traffic for each in (True, False)
+    )
+    experts = model.mlp_params * max(1, model.experts) / layout.ep
+    weights = (model.layers * (model.attention_params + experts) + model.embedding_params) / layout.tp
+    expected = plan.num_microbatches * weights * (8 + model.param_bytes) / NODE.memory_bandwidth
+    assert apart - fused == pytest.approx(expected)
+
+
 def test_leaving_the_node_slows_communication_down() -> None:
     near, far = Plan(Layout(dp=8), 1, 8), Plan(Layout(dp=16), 1, 16)
     assert step_time_parts(far, MODEL, NODE).data > step_time_parts(near, MODEL, NODE).data
@@ -145,7 +177,6 @@ def test_hardware_that_cannot_be_is_refused() -> None:
 
 
 CLUSTER = replace(NODE, inter_node_bandwidth=1e10, latency_s=0.0)
-EXPERTS = replace(MODEL, experts=8, experts_per_token=2, moe_ffn=2048, tied=False)
 
 
 def test_replicas_of_experts_are_farther_apart_than_those_of_the_rest() -> None:

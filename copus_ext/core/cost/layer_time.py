@@ -22,6 +22,7 @@ _DROPOUT_BYTES = 4
 _LOSS_BYTES = 20  # per logit, both passes: softmax and cross entropy in fp32
 _SCORE_BYTES = 24  # per attention score, both passes, where the scores are held in memory
 _BACKWARD_TRAFFIC = 1.6  # of the forward pass's, for element-wise work
+_MAIN_GRADIENT_BYTES = 8  # of a gradient in fp32, read and written
 _FLASH_BACKWARD = 2.5  # of the forward pass: FlashAttention computes the scores once more (Dao 2023, arXiv 2307.08691)
 
 
@@ -67,7 +68,8 @@ def layer_time(table: PlanTable, model: ModelShape, hardware: Hardware, options:
     return LayerTime(
         matmul=product_forward * (1 + fully) + product_backward,
         attention=score_forward * (1 + (fully | table.recomputes("selective"))) + score_backward,
-        traffic=traffic_forward * (1 + fully + _BACKWARD_TRAFFIC),
+        traffic=traffic_forward * (1 + fully + _BACKWARD_TRAFFIC)
+        + _accumulation(_layer_weights(table, model), model, hardware, options),
         tensor=_tensor(table, model, hardware, options),
         context=_context(table, model, hardware, score_forward + score_backward),
         expert=_dispatch(table, model, hardware),
@@ -88,7 +90,7 @@ def output_layer_time(table: PlanTable, model: ModelShape, hardware: Hardware, o
     return LayerTime(
         matmul=forward + backward,
         attention=none,
-        traffic=loss,
+        traffic=loss + _accumulation(model.embedding_params / table.tp, model, hardware, options),
         tensor=2 * exposed * _one_all_reduce(table, model, hardware),
         context=none,
         expert=none,
@@ -155,6 +157,19 @@ def _traffic(table: PlanTable, model: ModelShape, hardware: Hardware, options: R
     width = model.moe_ffn * model.experts_per_token if model.experts else model.ffn
     inside = 2 * (4 * model.hidden + (3 if model.gated else 2) * width) / table.tp
     size = tokens(table, model) * (outside + inside) * model.param_bytes / 2
+    return size / (hardware.memory_bandwidth * hardware.reached.memory)
+
+
+def _layer_weights(table: PlanTable, model: ModelShape) -> Any:
+    """[n] of one layer on one rank."""
+    return (model.attention_params + model.mlp_params * max(1, model.experts) / table.ep) / table.tp
+
+
+def _accumulation(weights: Any, model: ModelShape, hardware: Hardware, options: RunOptions) -> Any:
+    """Seconds to add a micro-batch's gradients of so many weights to those before, where the products do not do it."""
+    if options.fused_accumulation:
+        return np.zeros_like(weights)
+    size = weights * (_MAIN_GRADIENT_BYTES + model.param_bytes)
     return size / (hardware.memory_bandwidth * hardware.reached.memory)
 
 

@@ -22,3 +22,8 @@ class RunOptions:
     fp8: bool = False
     scatter_gather: bool = False  # Megatron before its core library: a tensor-parallel group shares what it sends on
     context_bytes: float = 0.0  # what a process holds of its device beside tensors
+    fused_accumulation: bool = True  # products add up gradients themselves; not with --no-gradient-accumulation-fusion
+    fused_adam: bool = True  # in one pass over memory, by Transformer Engine or apex; torch's takes one an operation
+
+
+ON_CPU = RunOptions(fused_accumulation=False, fused_adam=False)  # where upstream has no fused kernels

@@ -18,6 +18,7 @@ from copus_ext.core.plan import Plan
 
 # Bytes of memory traffic of the optimizer step, per parameter.
 _ADAM_BYTES = 28  # parameter (main parameter), gradient and two moments read, all but the gradient written
+_TORCH_ADAM_BYTES = 80  # the same, one operation after another: decay 8, moments 12 + 20, divisor 24, update 16
 _CLIP_BYTES = 12  # gradient read for its norm, read and written to scale it
 _ZERO_GRADIENT_BYTES = 4
 _P2P_OVERLAPPED = 0.5  # of the messages between stages, where the interleaved schedule overlaps them
@@ -91,7 +92,7 @@ def step_times(table: PlanTable, model: ModelShape, hardware: Hardware, options:
     hop = _hop_seconds(table, model, hardware, options)
     stage = layers * layer.total
     data = _data_seconds(table, model, hardware, options, layer)
-    optimizer = _optimizer_seconds(table, model, hardware)
+    optimizer = _optimizer_seconds(table, model, hardware, options)
     fixed = np.full_like(stage, hardware.step_overhead_s)
     path = StepTimeParts(
         **{name: micro_steps * seconds for name, seconds in slowest.items()},
@@ -220,7 +221,7 @@ def _not_hidden(seconds: Any, behind: Any, layers: Any, hardware: Hardware) -> A
     return np.maximum(last, hardware.reached.data_exposed * seconds)
 
 
-def _optimizer_seconds(table: PlanTable, model: ModelShape, hardware: Hardware) -> Any:
+def _optimizer_seconds(table: PlanTable, model: ModelShape, hardware: Hardware, options: RunOptions) -> Any:
     """Seconds of memory traffic of the Adam step, its norm and its clipping; sharded with a distributed optimizer."""
     dense, experts = _rank_params(table, model)
     sharded = table.distributed_optimizer
@@ -228,5 +229,6 @@ def _optimizer_seconds(table: PlanTable, model: ModelShape, hardware: Hardware) 
     own = dense / np.where(sharded, table.dp * table.cp, 1.0) + experts / np.where(
         sharded, _expert_replicas(table), 1.0
     )
-    traffic = own * (_ADAM_BYTES + cast + _CLIP_BYTES) + (dense + experts) * _ZERO_GRADIENT_BYTES
+    adam = _ADAM_BYTES if options.fused_adam else _TORCH_ADAM_BYTES
+    traffic = own * (adam + cast + _CLIP_BYTES) + (dense + experts) * _ZERO_GRADIENT_BYTES
     return traffic / (hardware.memory_bandwidth * hardware.reached.memory)

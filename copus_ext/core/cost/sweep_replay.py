@@ -80,6 +80,18 @@ def errors_after(sweep: Sweep, observations: int, first: int) -> tuple[NDArray[n
     return np.abs(predictions.step_time_s / measured - 1.0)[others], held[others]
 
 
+def errors_left_out(sweep: Sweep) -> NDArray[np.float64]:
+    """Relative error of each plan when all others were observed: what no choice of a few of them can improve on much."""
+    errors = []
+    for left_out, (plan, seconds) in enumerate(zip(sweep.plans, sweep.seconds, strict=True)):
+        model = sweep.prior
+        for number in range(len(sweep.plans)):
+            if number != left_out:
+                model = observe(sweep, model, number)
+        errors.append(abs(float(model.predict([plan]).step_time_s[0]) / seconds - 1.0))
+    return np.array(errors)
+
+
 def regret_after(sweep: Sweep, probes: int, first: int) -> float:
     """How much slower the fastest plan observed is than the fastest there is, after so many probes from ``first``."""
     observed, model = [first], observe(sweep, sweep.prior, first)

@@ -4,9 +4,10 @@
 
 Of each sweep among the published points, the constants are fitted without its source first. Every plan of a sweep is
 the first one observed in turn. Prints JSON: by sweep ``median_error`` and ``coverage`` of the 90 % interval after
-``--observed`` plans, ``median_error_left_out`` of each plan after all others, ``regret_of_first_choice`` of the plan predicted best, and after ``--probes`` more
-``regret_from_first_choice`` and ``mean_regret`` over all plans to start from. Of each table also ``visits``: median
-errors of plans seen before and not, where every visit is predicted from those before it, and ``coverage``.
+``--observed`` plans, ``median_error_left_out`` of each plan after all others, ``regret_of_first_choice`` of the plan
+predicted best, and after ``--probes`` more ``regret_from_first_choice`` and ``mean_regret`` over all plans to start
+from. Of each table also ``visits``: median errors of plans seen before and not, where every visit is predicted from
+those before it, and ``coverage``.
 ``median_error_of_all`` counts every prediction of all published sweeps, and of all tables, once.
 
 Needs scipy: pip install "copus-megatron[fit]".

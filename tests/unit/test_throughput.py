@@ -37,8 +37,8 @@ def test_before_any_step_it_is_the_closed_form_and_hardly_sure_of_it() -> None:
     predictions = PRIOR.predict(PLANS)
     np.testing.assert_allclose(predictions.step_time_s, [prior_seconds(plan) for plan in PLANS])
     low, high = (
-        math.hypot(KERNEL.common_sd, KERNEL.plan_sd, KERNEL.drift_sd),
-        math.hypot(KERNEL.common_sd, KERNEL.plan_sd, KERNEL.drift_sd, KERNEL.part_sd),
+        math.hypot(KERNEL.common_sd, KERNEL.plan_sd, KERNEL.own_sd, KERNEL.drift_sd),
+        math.hypot(KERNEL.common_sd, KERNEL.plan_sd, KERNEL.own_sd, KERNEL.drift_sd, KERNEL.part_sd),
     )
     assert (low < predictions.log_sd).all()
     assert (predictions.log_sd <= high).all()
@@ -46,7 +46,7 @@ def test_before_any_step_it_is_the_closed_form_and_hardly_sure_of_it() -> None:
 
 
 def test_observed_plans_are_interpolated_and_every_sd_shrinks() -> None:
-    model = replace(PRIOR, kernel=replace(KERNEL, drift_sd=0.0))
+    model = replace(PRIOR, kernel=replace(KERNEL, own_sd=0.0, drift_sd=0.0))  # nothing to be learned of them
     before = model.predict(PLANS).log_sd
     for number, plan in enumerate(PLANS[::7]):
         seconds = prior_seconds(plan) * (1.5 + 0.3 * math.sin(number))
@@ -89,7 +89,7 @@ def test_the_ratio_of_two_plans_follows_from_the_covariance() -> None:
 def test_the_common_error_cancels_in_a_ratio() -> None:
     sd = PRIOR.predict(PLANS).log_ratio_sd(0)
     assert sd[0] == 0.0
-    assert sd.max() <= math.sqrt(2) * math.hypot(KERNEL.plan_sd, KERNEL.part_sd) < KERNEL.common_sd
+    assert sd.max() <= math.sqrt(2) * math.hypot(KERNEL.plan_sd, KERNEL.own_sd, KERNEL.part_sd) < KERNEL.common_sd
 
 
 def test_the_posterior_is_that_of_the_joint_normal() -> None:
@@ -100,7 +100,7 @@ def test_the_posterior_is_that_of_the_joint_normal() -> None:
         model = model.observe(PLANS[index], seconds)
     predictions = model.predict(PLANS)
     times = np.array([25.0, 100.0, 225.0, 400.0])
-    drift = predictions.drift_sd**2
+    drift, joint = predictions.drift_sd**2, joint + predictions.own_sd**2 * np.eye(len(PLANS))
     apart = np.exp(-np.abs(np.subtract.outer(times, [*times, 500.0])) / KERNEL.drift_s)
     within = (
         joint[np.ix_(seen, seen)] + drift * apart[:, :4] + np.diag(model.seen.log_medians()[1] + KERNEL.visit_sd**2)
@@ -144,6 +144,20 @@ def test_how_much_a_machine_drifts_is_learned(seed: int) -> None:
     quiet, restless = (drifting(sd, seed).predict(PLANS) for sd in (0.001, 0.08))
     assert quiet.drift_sd < KERNEL.drift_sd < restless.drift_sd
     assert quiet.log_ratio_sd(0)[7] < restless.log_ratio_sd(0)[7]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_how_much_plans_have_for_themselves_is_learned(seed: int) -> None:
+    generator, known = np.random.default_rng(seed), PLANS[::2]
+    smooth, odd = PRIOR, PRIOR
+    for plan in known:
+        smooth = observe(smooth, plan, prior_seconds(plan))
+        odd = observe(odd, plan, prior_seconds(plan) * math.exp(0.1 * generator.standard_normal()))
+    predicted = odd.predict(PLANS)
+    assert smooth.predict(PLANS).own_sd == KERNEL.own_sd < 0.04 < predicted.own_sd
+    off = np.log(predicted.step_time_s / [prior_seconds(plan) for plan in PLANS])[1::2]
+    assert np.sqrt(np.mean(off**2)) < 0.08, "what is not there is not passed on"
+    assert (predicted.log_sd[1::2] > predicted.own_sd).all()
 
 
 def test_after_a_break_the_machine_may_be_another_but_plans_compare_as_before() -> None:

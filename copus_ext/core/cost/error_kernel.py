@@ -1,16 +1,18 @@
 """How wrong the closed form of the step time may be, and which plans it is wrong about alike.
 
-The logarithm of measured / predicted step time is taken as a Gaussian process over plans with three parts: what all
+The logarithm of measured / predicted step time is taken as a Gaussian process over plans with four parts: what all
 plans have in common (the machine is faster than thought); what goes with the share of the step that each component
-takes (its links are slower than thought: to first order ln t moves by share x ln multiplier); and what changes slowly
-with the plan itself. Plans that resemble each other err alike, so the ratio of two is known better than either.
+takes (its links are slower than thought: to first order ln t moves by share x ln multiplier); what changes slowly
+with the plan; and what a plan has for itself, of which its neighbours know nothing. Plans that resemble each other err
+alike, so the ratio of two is known better than either.
 
 On top comes what the machine drifts by as time goes on, which all plans share: an Ornstein-Uhlenbeck process. How much
-that is differs from machine to machine, and is told by the measurements.
+that is, and how much plans have for themselves, differs from machine to machine, and is told by the measurements.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,15 +24,22 @@ from copus_ext.core.cost.step_time import StepTimeParts
 
 Array = NDArray[np.float64]
 
-_DRIFT_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # times what may be expected; each doubling is a standard deviation
+# Times what may be expected; each doubling is a standard deviation.
+_DRIFT_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+_OWN_FACTORS = (1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 @dataclass(frozen=True)
 class Features:
-    """What plans are compared by: [n, parts] shares of the predicted step time, [n, 10] coordinates of the plan."""
+    """What n plans are compared by.
+
+    [n, parts] shares of the predicted step time, [n, 10] coordinates of the plan, and [n, 11] all its numbers, which
+    are equal for one and the same plan only.
+    """
 
     shares: Array
     coordinates: Array
+    numbers: Array
 
     @classmethod
     def of(cls, table: PlanTable, parts: StepTimeParts) -> Features:
@@ -47,11 +56,17 @@ class Features:
         choices = (table.recompute, table.distributed_optimizer, table.sequence_parallel)
         coordinates = np.stack([*(np.log2(size) for size in sizes), *(1.0 * choice for choice in choices)], axis=1)
         total = parts.total
-        return cls(np.stack([part / total for part in parts.columns()], axis=1), coordinates)
+        shares = np.stack([part / total for part in parts.columns()], axis=1)
+        return cls(shares, coordinates, np.stack([1.0 * column for column in table.columns()], axis=1))
 
     def take(self, rows: slice | NDArray[np.int64]) -> Features:
         """Some of the plans."""
-        return Features(self.shares[rows], self.coordinates[rows])
+        return Features(self.shares[rows], self.coordinates[rows], self.numbers[rows])
+
+    def is_same(self, others: Features) -> NDArray[np.bool_]:
+        """[n, m] whether a plan is the same as one of m others."""
+        by_number = zip(self.numbers.T, others.numbers.T, strict=True)
+        return functools.reduce(np.logical_and, (np.equal.outer(mine, theirs) for mine, theirs in by_number))
 
 
 @dataclass(frozen=True)
@@ -63,20 +78,24 @@ class ErrorKernel:
     thirty combinations, by the errors that remain when three published sweeps are replayed; they hardly change near the
     best (``tools/replay_sweeps.py``). The others do not vary there, and are by hand, as is ``common_sd``.
 
-    ``drift_sd`` is the median of what may be expected, ``drift_s`` the seconds in which a drift falls to 1/e.
-    ``visit_sd`` is what visits to one plan differ by however long they are.
+    ``own_sd`` and ``drift_sd`` are the medians of what may be expected, ``drift_s`` the seconds in which a drift falls
+    to 1/e. ``visit_sd`` is what visits to one plan differ by however long they are.
     """
 
     common_sd: float = 1.0  # wide: the figures of a machine may be off by a factor of three
     part_sd: float = 0.3  # of the logarithm of a component's multiplier
     plan_sd: float = 0.2
     lengths: tuple[float, ...] = (1.5, 2.5, 2.0, 6.0, 6.0, 2.0, 1.0, 1.0, 1.0, 1.0)
+    own_sd: float = 0.01
     drift_sd: float = 0.02
     drift_s: float = 1000.0
     visit_sd: float = 0.01
 
     def between(self, left: Features, right: Features) -> Array:
-        """[n, m] covariance of the log errors of n plans with those of m others, before any measurement."""
+        """[n, m] covariance of the log errors of n plans with those of m others, before any measurement.
+
+        But for what a plan has for itself.
+        """
         parts = self.part_sd**2 * left.shares @ right.shares.T
         alike = likeness(left.coordinates, right.coordinates, self.lengths)
         return self.common_sd**2 + parts + self.plan_sd**2 * alike
@@ -89,24 +108,35 @@ class ErrorKernel:
         """[n, m] correlation of the drift at n times [s] with that at m others."""
         return np.asarray(np.exp(-np.abs(np.subtract.outer(left, right)) / self.drift_s))
 
-    def likeliest_drift(self, still: Array, times: Array, residual: Array) -> float:
-        """The standard deviation of drift, among a few, of highest posterior probability.
+    def likeliest_sizes(
+        self, shared: Array, same_plan: NDArray[np.bool_], times: Array, residual: Array
+    ) -> tuple[float, float]:
+        """Standard deviations, among a few, of highest posterior probability: first what plans have for themselves.
 
-        Rasmussen and Williams 2006, eq. 5.8, with a log-normal prior.
+        Then, with that, the drift. Rasmussen and Williams 2006, eq. 5.8, with log-normal priors. The other way round,
+        one odd plan would pass for a drift of the machine.
 
         Args:
-            still: [n, n] covariance of n measurements without any drift.
+            shared: [n, n] covariance of n measurements without either.
+            same_plan: [n, n] which measurements are of one plan.
             times: [n] when they were made [s].
             residual: [n] logarithms of measured / closed form.
+
+        Returns:
+            ``own_sd`` and ``drift_sd``.
         """
         persistence = self.persistence(times, times)
 
-        def cost(factor: float) -> float:
-            lower = np.linalg.cholesky(still + (factor * self.drift_sd) ** 2 * persistence)
+        def cost(own: float, drift: float) -> float:
+            apart = (own * self.own_sd) ** 2 * same_plan + (drift * self.drift_sd) ** 2 * persistence
+            lower = np.linalg.cholesky(shared + apart)
             white = np.linalg.solve(lower, residual)
-            return float(0.5 * white @ white + np.sum(np.log(np.diag(lower))) + 0.5 * (np.log2(factor)) ** 2)
+            unexpected = 0.5 * (np.log2(own) ** 2 + np.log2(drift) ** 2)
+            return float(0.5 * white @ white + np.sum(np.log(np.diag(lower))) + unexpected)
 
-        return self.drift_sd * min(_DRIFT_FACTORS, key=cost)
+        own = min(_OWN_FACTORS, key=lambda factor: cost(factor, 1.0))
+        drift = min(_DRIFT_FACTORS, key=lambda factor: cost(own, factor))
+        return own * self.own_sd, drift * self.drift_sd
 
 
 def likeness(left: Array, right: Array, lengths: Sequence[float]) -> Array:

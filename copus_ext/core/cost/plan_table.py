@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -69,9 +69,13 @@ class PlanTable:
         """All rows as plans."""
         return (self.plan(row) for row in range(len(self)))
 
+    def columns(self) -> Iterator[Columns]:
+        """All columns, in the order of the fields."""
+        return (getattr(self, field.name) for field in fields(self))
+
     def take(self, rows: Columns) -> PlanTable:
         """Some rows: by number, or by a mask of n booleans."""
-        return PlanTable(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return PlanTable(*(column[rows] for column in self.columns()))
 
     @property
     def world_size(self) -> Columns:

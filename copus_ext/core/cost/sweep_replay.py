@@ -81,7 +81,7 @@ def errors_after(sweep: Sweep, observations: int, first: int) -> tuple[NDArray[n
 
 
 def errors_left_out(sweep: Sweep) -> NDArray[np.float64]:
-    """Relative error of each plan when all others were observed: what no choice of a few of them can improve on much."""
+    """Relative error of each plan when all others were observed: what a few can hardly improve on."""
     errors = []
     for left_out, (plan, seconds) in enumerate(zip(sweep.plans, sweep.seconds, strict=True)):
         model = sweep.prior

@@ -38,13 +38,14 @@ class Predictions:
     observed_steps: NDArray[np.int64]  # [n] steps of that very plan that are remembered
     features: Features  # what the covariance before any measurement is computed from
     explained: Array  # [at most observed plans + 1, n] columns whose products are what the measurements took from it
+    own_sd: float  # of what a plan has for itself
     drift_sd: float  # of what the machine drifts by, which all plans share
     kernel: ErrorKernel
 
     def log_covariance(self) -> Array:
         """[n, n] covariance of the log step times; n x n numbers, so not for thousands of plans."""
         before = self.kernel.between(self.features, self.features) + self.drift_sd**2
-        return np.asarray(before - self.explained.T @ self.explained)
+        return np.asarray(before + self.own_sd**2 * np.eye(len(before)) - self.explained.T @ self.explained)
 
     def log_ratio_sd(self, reference: int) -> Array:
         """[n] standard deviation of log(step time / step time of plan number ``reference``); 0 for that plan."""
@@ -52,7 +53,7 @@ class Predictions:
         shared = self.kernel.between(self.features, one)[:, 0] + self.drift_sd**2
         shared = shared - self.explained.T @ self.explained[:, reference]
         variance = self.log_sd**2 + self.log_sd[reference] ** 2 - 2.0 * shared
-        variance[reference] = 0.0
+        variance[reference] = 0.0  # ``shared`` leaves out what that plan has for itself
         return np.asarray(np.sqrt(np.maximum(variance, 0.0)))
 
     def interval(self, probability: float = 0.9) -> tuple[Array, Array]:
@@ -98,8 +99,8 @@ class ThroughputModel:
         """The same for plans as columns; where ``observed_steps`` are not told, they are given as 0."""
         parts = step_times(table, self.model, self.hardware, self.options)
         features = Features.of(table, parts)
-        correction, explained, drift_sd = self._posterior(features)
-        variance = self.kernel.variance(features) + drift_sd**2 - np.sum(explained**2, axis=0)
+        correction, explained, own_sd, drift_sd = self._posterior(features)
+        variance = self.kernel.variance(features) + own_sd**2 + drift_sd**2 - np.sum(explained**2, axis=0)
         return Predictions(
             parts=parts,
             step_time_s=parts.total * np.exp(correction),
@@ -107,13 +108,14 @@ class ThroughputModel:
             observed_steps=np.zeros(len(table), dtype=np.int64) if observed_steps is None else observed_steps,
             features=features,
             explained=explained,
+            own_sd=own_sd,
             drift_sd=drift_sd,
             kernel=self.kernel,
         )
 
-    def _posterior(self, features: Features) -> tuple[Array, Array, float]:
+    def _posterior(self, features: Features) -> tuple[Array, Array, float, float]:
         """[n] expected log correction, [at most observed plans + 1, n] factors of the covariance that measurements took
-        away, and the standard deviation of drift.
+        away, and the standard deviations of what plans have for themselves and of drift.
         """
         visits, kernel = self.seen.visits, self.kernel
         numbers = {plan: number for number, plan in enumerate(self.seen.steps)}
@@ -124,15 +126,17 @@ class ThroughputModel:
         medians, noise = self.seen.log_medians()
         residual = medians - np.log(parts.total)[visited]
         times = np.array([visit.middle_s for visit in visits])
-        still = kernel.between(seen, seen)[np.ix_(visited, visited)] + np.diag(noise + kernel.visit_sd**2)
-        drift_sd = kernel.likeliest_drift(still, times, residual)
-        within = still + drift_sd**2 * kernel.persistence(times, times)
+        shared = kernel.between(seen, seen)[np.ix_(visited, visited)] + np.diag(noise + kernel.visit_sd**2)
+        same_plan = np.equal.outer(visited, visited)
+        own_sd, drift_sd = kernel.likeliest_sizes(shared, same_plan, times, residual)
+        within = shared + own_sd**2 * same_plan + drift_sd**2 * kernel.persistence(times, times)
         # A visit shares with a plan now what the plan seen shares with it, and the drift: as many factors are enough.
         now = drift_sd**2 * kernel.persistence(times, np.array([self.seen.now_s]))
         factors = np.hstack([np.eye(len(numbers))[visited], now])
-        shared = np.vstack([kernel.between(seen, features), np.ones(len(features.shares))])
+        between = kernel.between(seen, features) + own_sd**2 * seen.is_same(features)
+        across = np.vstack([between, np.ones(len(features.shares))])
         correction, explained = explain(within, factors, residual)
-        return correction @ shared, np.linalg.qr(explained, mode="r") @ shared, drift_sd
+        return correction @ across, np.linalg.qr(explained, mode="r") @ across, own_sd, drift_sd
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; through ``json`` and :meth:`from_json` they come back to the last bit (floats by ``repr``)."""

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+_UNIT = Path(__file__).parent / "unit"
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Pure logic first; what needs ranks has them ready by then."""
-    items.sort(key=lambda item: "unit" not in item.path.parts)
-    if items and "unit" not in items[-1].path.parts:
+    items.sort(key=_needs_ranks)
+    if items and _needs_ranks(items[-1]) and not config.option.collectonly:
         from tests.ranks.harness import load_megatron
 
         load_megatron()
+
+
+def _needs_ranks(item: pytest.Item) -> bool:
+    return not item.path.is_relative_to(_UNIT)

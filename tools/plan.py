@@ -195,6 +195,7 @@ def _options(flags: argparse.Namespace) -> RunOptions:
         dropout=flags.hidden_dropout > 0,
         fp8=flags.fp8_format is not None,
         fused_accumulation=not flags.no_gradient_accumulation_fusion,
+        fused_adam=flags.transformer_impl == "transformer_engine",  # whose Adam upstream takes where it is there
     )
 
 

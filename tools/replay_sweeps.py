@@ -8,7 +8,8 @@ the first one observed in turn. Prints JSON: by sweep ``median_error`` and ``cov
 predicted best, and after ``--probes`` more ``regret_from_first_choice`` and ``mean_regret`` over all plans to start
 from. Of each table also ``visits``: median errors of plans seen before and not, where every visit is predicted from
 those before it, and ``coverage``.
-``median_error_of_all`` counts every prediction of all published sweeps, and of all tables, once.
+``median_error_of_all`` is that of all predictions for the published sweeps, and for the tables, together: one of n
+plans counts as n times n - observed.
 
 Needs scipy: pip install "copus-megatron[fit]".
 """
@@ -28,7 +29,7 @@ from numpy.typing import NDArray
 
 from copus_ext.core.cost.error_kernel import ErrorKernel
 from copus_ext.core.cost.hardware_file import load_hardware
-from copus_ext.core.cost.options import ON_CPU, RunOptions
+from copus_ext.core.cost.options import FUSED, RunOptions
 from copus_ext.core.cost.points import read_points
 from copus_ext.core.cost.published import POINTS, Points, hardware_of, open_plans, read_fit, usable
 from copus_ext.core.cost.sweep_replay import (
@@ -47,7 +48,14 @@ from fit_throughput import START, Problem, constants_of, fit_constants
 Replay = tuple[NDArray[np.float64], NDArray[np.bool_]]
 
 _LEAST_PLANS = 8
-_FIGURES = ("median_error", "coverage", "regret_of_first_choice", "regret_from_first_choice", "mean_regret")
+_FIGURES = (
+    "median_error",
+    "median_error_left_out",
+    "coverage",
+    "regret_of_first_choice",
+    "regret_from_first_choice",
+    "mean_regret",
+)
 
 
 def published_sweeps() -> Iterator[Sweep]:
@@ -66,6 +74,12 @@ def published_sweeps() -> Iterator[Sweep]:
         times = {open_plans(point)[0]: point.step_time_s or 0.0 for point in own}
         prior = ThroughputModel(own[0].model, constants.of(hardware_of(own[0])), options=own[0].options)
         yield Sweep(str(name), prior, tuple(times), tuple(times.values()))
+
+
+def with_own_deviations(sweep: Sweep, own_sd: float) -> Sweep:
+    """The sweep, to be predicted with own deviations of at least this size."""
+    kernel = replace(sweep.prior.kernel, own_sd=own_sd)
+    return replace(sweep, prior=replace(sweep.prior, kernel=kernel))
 
 
 def replays_of(sweep: Sweep, observed: int) -> list[Replay]:
@@ -105,7 +119,8 @@ def measured_sweep(name: str, prior: ThroughputModel, table: ThroughputTable) ->
 def prior_of(table: ThroughputTable, hardware: str) -> ThroughputModel:
     """What is expected of a table's plans before anything was measured."""
     assert table.subject is not None
-    options = ON_CPU if "CPU" in table.subject.device else RunOptions()
+    words = table.subject.options.split()
+    options = RunOptions(**{name: f"no_{name}" not in words for name in FUSED})
     return ThroughputModel(table.subject.model, load_hardware(hardware), options=options)
 
 
@@ -129,6 +144,9 @@ def main() -> int:
     parser.add_argument("--observed", type=int, default=4, metavar="N", help="plans observed before errors are taken")
     parser.add_argument("--probes", type=int, default=3, metavar="N", help="plans tried after the first choice")
     parser.add_argument(
+        "--own-sd", type=float, default=ErrorKernel.own_sd, metavar="SD", help="least own deviation of layouts; 0: none"
+    )
+    parser.add_argument(
         "--drift-sd", type=float, default=ErrorKernel.drift_sd, metavar="SD", help="for visits; 0: without drift"
     )
     args = parser.parse_args()
@@ -139,18 +157,19 @@ def main() -> int:
         print(f"replay_sweeps.py: {error}", file=sys.stderr)
         return 2
     found: dict[str, dict[str, Any]] = {}
-    of_all = {}
+    together: dict[str, float] = {}
     measured = [measured_sweep(path, priors[path], table) for path, table in tables.items()]
     for kind, sweeps in (("published", list(published_sweeps())), ("tables", measured)):
+        sweeps = [with_own_deviations(sweep, args.own_sd) for sweep in sweeps]
         replays = [replays_of(sweep, args.observed) for sweep in sweeps]
-        found |= {sweep.name: judge(sweep, its, args.probes) for sweep, its in zip(sweeps, replays, strict=True)}
+        found |= {sweep.name: judge(sweep, each, args.probes) for sweep, each in zip(sweeps, replays, strict=True)}
         if sweeps:
-            of_all[kind] = float(np.median(np.concatenate([errors for its in replays for errors, _ in its])))
+            together[kind] = float(np.median(np.concatenate([errors for each in replays for errors, _ in each])))
     for path, table in tables.items():
-        kernel = replace(priors[path].kernel, drift_sd=args.drift_sd)
+        kernel = replace(priors[path].kernel, own_sd=args.own_sd, drift_sd=args.drift_sd)
         found[path]["visits"] = judge_visits(replace(priors[path], kernel=kernel), table)
     means = {name: float(np.mean([figures[name] for figures in found.values()])) for name in _FIGURES}
-    print(json.dumps({"sweeps": found, "mean_over_sweeps": means, "median_error_of_all": of_all}, indent=1))
+    print(json.dumps({"sweeps": found, "mean_over_sweeps": means, "median_error_of_all": together}, indent=1))
     return 0
 
 

@@ -15,12 +15,13 @@ from megatron.training import get_timers, training
 from megatron.training.global_vars import set_global_variables
 
 from copus_ext.adapters.agreement import largest
-from copus_ext.adapters.arguments import arguments_for, first_line, model_shape
+from copus_ext.adapters.arguments import arguments_for, first_line, model_shape, run_options
 from copus_ext.adapters.job import build_job
 from copus_ext.adapters.layouts import LayoutGroups
 from copus_ext.adapters.tokenizer import make_tokenizer
 from copus_ext.core.cost.candidates import Candidates, infeasible_reason
 from copus_ext.core.cost.model_shape import ModelShape
+from copus_ext.core.cost.options import FUSED
 from copus_ext.core.cost.throughput import ThroughputModel
 from copus_ext.core.cost.throughput_table import Subject
 from copus_ext.core.errors import UserError
@@ -357,6 +358,8 @@ def measured_subject(raw: argparse.Namespace, args: argparse.Namespace) -> Subje
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU with {cores} cores"
     given = [(name, getattr(raw, name, None)) for name in _TIMED_OPTIONS]
     words = [name if value is True else f"{name}={value}" for name, value in given if value]
+    options = run_options(raw)
+    words += [f"no_{name}" for name in FUSED if not getattr(options, name)]
     per_node = os.environ.get("LOCAL_WORLD_SIZE", args.world_size)
     return Subject(model_shape(args), args.world_size, f"{per_node} ranks a node, {device}", " ".join(words))
 

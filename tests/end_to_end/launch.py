@@ -16,9 +16,10 @@ MODEL = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 8 --seq-length 32 --max-position-embeddings 32 "
     "--position-embedding-type rope --hidden-dropout 0 --attention-dropout 0 --make-vocab-size-divisible-by 32 "
 )
-_HARDWARE = Path(__file__).parents[1] / "data" / "cpu_4_ranks.toml"  # measuring it takes a second of every start
+# Measured beforehand: that takes a second of every start.
+HARDWARE = f"--copus-hardware {Path(__file__).parents[1] / 'data' / 'cpu_4_ranks.toml'} "
 TRAINING = (
-    f"--copus-hardware {_HARDWARE} --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --eval-interval 1000 --eval-iters 1 "
+    f"{HARDWARE}--lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --eval-interval 1000 --eval-iters 1 "
     "--log-interval 1 --seed 1234 "
 )
 MOCK = "--tokenizer-type NullTokenizer --vocab-size 126 --mock-data --split 90,5,5 "

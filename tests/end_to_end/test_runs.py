@@ -12,7 +12,18 @@ import pytest
 
 from copus_ext.core.events import read_events
 from copus_ext.core.planner.replay import replay
-from tests.end_to_end.launch import BATCHES, MOCK, MODEL, TRAINING, Outcome, events_of, launch, losses_of, run_main
+from tests.end_to_end.launch import (
+    BATCHES,
+    HARDWARE,
+    MOCK,
+    MODEL,
+    TRAINING,
+    Outcome,
+    events_of,
+    launch,
+    losses_of,
+    run_main,
+)
 from tests.ranks.harness import run_ranks
 
 RUN = MODEL + TRAINING + MOCK + BATCHES
@@ -90,8 +101,9 @@ def test_overlap_and_evaluation_on_the_way_change_no_loss(tmp_path: Path) -> Non
 
 def test_copus_moves_a_run_and_tells_why(tmp_path: Path) -> None:
     """One sequence at a time is slow wherever it runs, so larger micro-batches win. In the format of docs/events.md."""
-    flags = "--copus-interval 5 --copus-dwell-steps 5 --train-samples 1280 --global-batch-size 32 --copus-hardware cpu"
-    finished(launch(RUN + flags, f"--copus-dir={tmp_path}", "--copus-space", "tp=1 pp=1,2 mbs=1,8 gbs=16..64"))
+    flags = "--copus-interval 5 --copus-dwell-steps 5 --train-samples 1280 --global-batch-size 32"
+    run = RUN.replace(HARDWARE, "") + flags
+    finished(launch(run, f"--copus-dir={tmp_path}", "--copus-space", "tp=1 pp=1,2 mbs=1,8 gbs=16..64"))
     events = read_events(tmp_path / "events.jsonl")
     for event in events:
         assert {"time_s", "iteration", "consumed_samples"} | CONTRACT[event["event"]] <= set(event)
@@ -126,11 +138,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, whole: Path, stop_at: int) -> None:
     parts, saved, schedule = tmp_path / "parts", tmp_path / "checkpoints", (*RESUMED, PLANS)
     keep = f"--save {saved} --load {saved} --save-interval 1000 --ckpt-format torch_dist "
-    finished(launch(RUN + keep + f"--exit-interval {stop_at}", f"--copus-dir={parts}", *schedule))
+    run = RUN if stop_at == 5 else RUN.replace(HARDWARE, "")  # measured when it starts, and not again
+    finished(launch(run + keep + f"--exit-interval {stop_at}", f"--copus-dir={parts}", *schedule))
     assert len(losses_of(parts)) == stop_at
-    fewer = launch(RUN + keep, f"--copus-dir={parts}", *schedule, ranks=2)
+    fewer = launch(run + keep, f"--copus-dir={parts}", *schedule, ranks=2)
     assert [o.status for o in fewer] == [2, 2]
-    finished(launch(RUN + keep, f"--copus-dir={parts}", *schedule))
+    finished(launch(run + keep, f"--copus-dir={parts}", *schedule))
     assert losses_of(parts) == pytest.approx(losses_of(whole), rel=1e-5)
     steps = [events_of(run, "step") for run in (parts, whole)]
     assert [s["plan"] for s in steps[0]] == [s["plan"] for s in steps[1]]

@@ -29,7 +29,9 @@ def full_weights(job: Any) -> dict[str, Any]:
         for entry in nested_values(entries):
             if isinstance(entry, ShardedTensor):
                 place, bits = entry.global_offset, _bits(entry.data)
-                parts.append((entry.key, place, bits.reshape((1,) * entry.prepend_axis_num + bits.shape)))
+                parts.append(
+                    (f"{entry.key} {entry.data.dtype}", place, bits.reshape((1,) * entry.prepend_axis_num + bits.shape))
+                )
     return _together(parts)
 
 
@@ -42,7 +44,7 @@ def full_state(job: Any) -> dict[str, Any]:
     parts = []
     for holding in state.holdings:
         views = state.pieces[holding.piece].views(holding.start, holding.box.shape)
-        parts += [(f"{holding.key}#{n}", holding.box.offset, _bits(view)) for n, view in enumerate(views)]
+        parts += [(f"{holding.key}#{n} {view.dtype}", holding.box.offset, _bits(view)) for n, view in enumerate(views)]
     return _together(parts)
 
 
@@ -66,6 +68,7 @@ def _together(mine: list[Part]) -> dict[str, Any]:
     everyone: list[Any] = [None] * world.size()
     dist.all_gather_object(everyone, [pickle.dumps(share) for share in shares], group=world)
     found: dict[str, list[Part]] = {}
+    assert any(len(share) > len(pickle.dumps([])) for theirs in everyone for share in theirs), "nobody holds anything"
     for theirs in everyone:
         for part in pickle.loads(theirs[world.rank()]):
             found.setdefault(part[0], []).append(part)

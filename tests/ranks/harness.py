@@ -22,7 +22,7 @@ import pytest
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.ranks.preload"])
 # torch's stores look up the names of whoever connects, for their logs. Where a name server does not answer, as one
-# query in forty goes lost on some machines, that takes five seconds.
+# query in forty gets lost on some machines, that takes five seconds.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 _EXIT_S = 10.0  # for ranks that have given their results to end by themselves, with the processes they started
 

@@ -43,6 +43,7 @@ filesystem_async.get_write_results_queue = functools.partial(filesystem_async.ge
 megatron.core.datasets.gpt_dataset.MockGPTLowLevelDataset.size = 2000
 
 # Upstream's parser reads what its flags mean from the source of classes, for a tenth of a second, in every process.
+# It only keeps what it is given.
 _described = functools.cache(object.__new__(ArgumentGroupFactory)._get_field_docstrings)
 ArgumentGroupFactory._get_field_docstrings = lambda self, config: _described(config)
 raw_arguments()

@@ -11,7 +11,7 @@ from copus_ext.core.plan import Layout, Plan
 from tests.ranks.harness import run_ranks
 
 STEPS = 3
-BATCH, MICRO_BATCH = 8, 2
+BATCH, MICRO_BATCH = 16, 2
 LAYOUTS = (
     Layout(dp=4),
     Layout(dp=2, tp=2),

@@ -145,15 +145,19 @@ def test_adam_of_torch_goes_over_memory_once_for_each_operation() -> None:
         ("dp8,ep8,mbs1,gbs8", EXPERTS),
     ],
 )
-def test_every_micro_batch_adds_up_its_gradients_where_products_do_not(words: str, model: ModelShape) -> None:
+@pytest.mark.parametrize("gradient_bytes", [4, 2])
+def test_every_micro_batch_adds_up_its_gradients_where_products_do_not(
+    words: str, model: ModelShape, gradient_bytes: int
+) -> None:
     plan = parse_plan(words, Plan(Layout(dp=8), 1, 8))
     layout = plan.layout
     fused, apart = (
-        step_time_parts(plan, model, NODE, RunOptions(fused_accumulation=each)).traffic for each in (True, False)
+        step_time_parts(plan, model, NODE, RunOptions(gradient_bytes=gradient_bytes, fused_accumulation=each)).traffic
+        for each in (True, False)
     )
     experts = model.mlp_params * max(1, model.experts) / layout.ep
     weights = (model.layers * (model.attention_params + experts) + model.embedding_params) / layout.tp
-    expected = plan.num_microbatches * weights * (8 + model.param_bytes) / NODE.memory_bandwidth
+    expected = plan.num_microbatches * weights * (2 * gradient_bytes + model.param_bytes) / NODE.memory_bandwidth
     assert apart - fused == pytest.approx(expected)
 
 

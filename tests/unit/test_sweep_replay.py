@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,11 +129,14 @@ def test_a_machine_that_is_as_expected_leaves_nothing_to_correct() -> None:
     assert held.all()
 
 
-def test_one_plan_left_out_is_told_by_all_others() -> None:
-    """A neighbour that took a third longer is wrong about itself, and says little of the rest."""
-    sweep = world(H100, noise=0.0, seed=0)
-    odd = replace(sweep, seconds=(4 / 3 * sweep.seconds[0], *sweep.seconds[1:]))
-    errors = errors_left_out(odd)
-    assert errors.shape == (len(sweep.plans),)
-    assert errors[0] == pytest.approx(0.25, abs=0.05)
-    assert np.median(errors) < 0.03
+def test_odd_layouts_are_not_taken_at_their_word_about_their_neighbours() -> None:
+    """A fifth of them take longer or shorter than anything tells: the one left out is not off for that."""
+    sweep, generator = world(H100, noise=0.0, seed=0), np.random.default_rng(0)
+    ways = [(plan.layout, plan.micro_batch) for plan in sweep.plans]
+    factors = {way: math.exp(0.2 * generator.standard_normal()) if generator.random() < 0.2 else 1.0 for way in ways}
+    odd = np.array([factors[way] for way in ways])
+    sweep = replace(sweep, seconds=tuple(np.array(sweep.seconds) * odd))
+    believing = replace(sweep.prior, kernel=replace(sweep.prior.kernel, own_sd=0.0))
+    doubting, believed = (errors_left_out(replace(sweep, prior=prior)) for prior in (sweep.prior, believing))
+    assert doubting.shape == (len(sweep.plans),)
+    assert np.median(doubting[odd == 1.0]) < 0.7 * np.median(believed[odd == 1.0])

@@ -100,7 +100,8 @@ def test_the_posterior_is_that_of_the_joint_normal() -> None:
         model = model.observe(PLANS[index], seconds)
     predictions = model.predict(PLANS)
     times = np.array([25.0, 100.0, 225.0, 400.0])
-    drift, joint = predictions.drift_sd**2, joint + predictions.own_sd**2 * np.eye(len(PLANS))
+    own = [[(a.layout, a.micro_batch) == (b.layout, b.micro_batch) for b in PLANS] for a in PLANS]
+    drift, joint = predictions.drift_sd**2, joint + predictions.own_sd**2 * np.array(own)
     apart = np.exp(-np.abs(np.subtract.outer(times, [*times, 500.0])) / KERNEL.drift_s)
     within = (
         joint[np.ix_(seen, seen)] + drift * apart[:, :4] + np.diag(model.seen.log_medians()[1] + KERNEL.visit_sd**2)
@@ -147,17 +148,40 @@ def test_how_much_a_machine_drifts_is_learned(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_how_much_plans_have_for_themselves_is_learned(seed: int) -> None:
-    generator, known = np.random.default_rng(seed), PLANS[::2]
+def test_how_large_own_deviations_are_is_learned_and_kept_as_the_batch_grows(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    factors = {(plan.layout, plan.micro_batch): math.exp(0.2 * generator.standard_normal()) for plan in PLANS}
+    small, large = ([plan for plan in PLANS if plan.global_batch == batch] for batch in (16, 32))
     smooth, odd = PRIOR, PRIOR
-    for plan in known:
+    for plan in small:
         smooth = observe(smooth, plan, prior_seconds(plan))
-        odd = observe(odd, plan, prior_seconds(plan) * math.exp(0.1 * generator.standard_normal()))
-    predicted = odd.predict(PLANS)
-    assert smooth.predict(PLANS).own_sd == KERNEL.own_sd < 0.04 < predicted.own_sd
-    off = np.log(predicted.step_time_s / [prior_seconds(plan) for plan in PLANS])[1::2]
-    assert np.sqrt(np.mean(off**2)) < 0.08, "what is not there is not passed on"
-    assert (predicted.log_sd[1::2] > predicted.own_sd).all()
+        odd = observe(odd, plan, prior_seconds(plan) * factors[plan.layout, plan.micro_batch])
+    predicted = odd.predict(large)
+    assert smooth.predict(large).own_sd == KERNEL.own_sd < 0.04 < predicted.own_sd
+    off = predicted.step_time_s / [prior_seconds(p) * factors[p.layout, p.micro_batch] for p in large] - 1.0
+    assert np.median(np.abs(off)) < 0.03
+
+
+def test_a_layout_keeps_its_own_deviation_when_the_batch_grows() -> None:
+    kernel = replace(KERNEL, own_sd=0.1)
+    model = observe(replace(PRIOR, kernel=kernel), DATA, prior_seconds(DATA))
+    larger, layout, micro_batch = Plan(Layout(dp=4), 1, 16), Plan(Layout(dp=2, tp=2), 1, 8), Plan(Layout(dp=4), 2, 8)
+    predictions = model.predict([DATA, larger, layout, micro_batch, DATA])
+    sd = predictions.log_ratio_sd(0)
+    assert sd[4] == pytest.approx(0.0, abs=1e-6), "the same plan"
+    assert sd[1] < 0.1 < sd[[2, 3]].min()
+    covariance = predictions.log_covariance()
+    assert covariance[0, 0] == pytest.approx(covariance[0, 4])
+
+
+def test_logs_from_before_own_deviations_are_decided_as_then() -> None:
+    values = observe(PRIOR, DATA, 0.1).to_json()
+    assert ThroughputModel.from_json(values).kernel == KERNEL
+    del values["kernel"]["own_sd"], values["options"]["fused_adam"], values["options"]["fused_accumulation"]
+    before = ThroughputModel.from_json(values)
+    assert before.kernel == replace(KERNEL, own_sd=0.0)
+    assert before.predict(PLANS).own_sd == 0.0
+    assert before.options == PRIOR.options
 
 
 def test_after_a_break_the_machine_may_be_another_but_plans_compare_as_before() -> None:

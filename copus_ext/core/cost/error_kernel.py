@@ -3,11 +3,11 @@
 The logarithm of measured / predicted step time is taken as a Gaussian process over plans with four parts: what all
 plans have in common (the machine is faster than thought); what goes with the share of the step that each component
 takes (its links are slower than thought: to first order ln t moves by share x ln multiplier); what changes slowly
-with the plan; and what a plan has for itself, of which its neighbours know nothing. Plans that resemble each other err
-alike, so the ratio of two is known better than either.
+with the plan; and a deviation of its own that a layout has with a micro-batch, at any global batch, and no other plan
+shares. Plans that resemble each other err alike, so the ratio of two is known better than either.
 
-On top comes what the machine drifts by as time goes on, which all plans share: an Ornstein-Uhlenbeck process. How much
-that is, and how much plans have for themselves, differs from machine to machine, and is told by the measurements.
+On top comes what the machine drifts by as time goes on, which all plans share: an Ornstein-Uhlenbeck process. How large
+drift and own deviations are differs from machine to machine, and is told by the measurements.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _OWN_FACTORS = (1.0, 2.0, 4.0, 8.0, 16.0)
 class Features:
     """What n plans are compared by.
 
-    [n, parts] shares of the predicted step time, [n, 10] coordinates of the plan, and [n, 11] all its numbers, which
-    are equal for one and the same plan only.
+    [n, parts] shares of the predicted step time, [n, 10] coordinates of the plan, and [n, 10] the numbers of its layout
+    and micro-batch, which tell whose own deviation it has.
     """
 
     shares: Array
     coordinates: Array
-    numbers: Array
+    owner: Array
 
     @classmethod
     def of(cls, table: PlanTable, parts: StepTimeParts) -> Features:
@@ -57,15 +57,16 @@ class Features:
         coordinates = np.stack([*(np.log2(size) for size in sizes), *(1.0 * choice for choice in choices)], axis=1)
         total = parts.total
         shares = np.stack([part / total for part in parts.columns()], axis=1)
-        return cls(shares, coordinates, np.stack([1.0 * column for column in table.columns()], axis=1))
+        *owner, _ = table.columns()  # all but the global batch
+        return cls(shares, coordinates, np.stack([1.0 * column for column in owner], axis=1))
 
     def take(self, rows: slice | NDArray[np.int64]) -> Features:
         """Some of the plans."""
-        return Features(self.shares[rows], self.coordinates[rows], self.numbers[rows])
+        return Features(self.shares[rows], self.coordinates[rows], self.owner[rows])
 
-    def is_same(self, others: Features) -> NDArray[np.bool_]:
-        """[n, m] whether a plan is the same as one of m others."""
-        by_number = zip(self.numbers.T, others.numbers.T, strict=True)
+    def own_deviation(self, others: Features) -> NDArray[np.bool_]:
+        """[n, m] whether a plan shares its own deviation with one of m others: their layout and micro-batch are one."""
+        by_number = zip(self.owner.T, others.owner.T, strict=True)
         return functools.reduce(np.logical_and, (np.equal.outer(mine, theirs) for mine, theirs in by_number))
 
 
@@ -78,8 +79,9 @@ class ErrorKernel:
     thirty combinations, by the errors that remain when three published sweeps are replayed; they hardly change near the
     best (``tools/replay_sweeps.py``). The others do not vary there, and are by hand, as is ``common_sd``.
 
-    ``own_sd`` and ``drift_sd`` are the medians of what may be expected, ``drift_s`` the seconds in which a drift falls
-    to 1/e. ``visit_sd`` is what visits to one plan differ by however long they are.
+    ``own_sd`` is the least own deviation, and the likeliest beforehand; up to 16 times that is tried. ``drift_sd`` is
+    the median of what may be expected, ``drift_s`` the seconds in which a drift falls to 1/e. ``visit_sd`` is what
+    visits to one plan differ by however long they are.
     """
 
     common_sd: float = 1.0  # wide: the figures of a machine may be off by a factor of three
@@ -94,7 +96,7 @@ class ErrorKernel:
     def between(self, left: Features, right: Features) -> Array:
         """[n, m] covariance of the log errors of n plans with those of m others, before any measurement.
 
-        But for what a plan has for itself.
+        Without drift and own deviations.
         """
         parts = self.part_sd**2 * left.shares @ right.shares.T
         alike = likeness(left.coordinates, right.coordinates, self.lengths)
@@ -109,16 +111,16 @@ class ErrorKernel:
         return np.asarray(np.exp(-np.abs(np.subtract.outer(left, right)) / self.drift_s))
 
     def likeliest_sizes(
-        self, shared: Array, same_plan: NDArray[np.bool_], times: Array, residual: Array
+        self, shared: Array, own: NDArray[np.bool_], times: Array, residual: Array
     ) -> tuple[float, float]:
-        """Standard deviations, among a few, of highest posterior probability: first what plans have for themselves.
+        """Standard deviations of own deviations and of drift, each among a few, of highest posterior probability.
 
-        Then, with that, the drift. Rasmussen and Williams 2006, eq. 5.8, with log-normal priors. The other way round,
-        one odd plan would pass for a drift of the machine.
+        Rasmussen and Williams 2006, eq. 5.8, with log-normal priors. The own deviations come first: otherwise odd
+        layouts would pass for a drift of the machine.
 
         Args:
             shared: [n, n] covariance of n measurements without either.
-            same_plan: [n, n] which measurements are of one plan.
+            own: [n, n] which measurements have the same own deviation.
             times: [n] when they were made [s].
             residual: [n] logarithms of measured / closed form.
 
@@ -127,16 +129,16 @@ class ErrorKernel:
         """
         persistence = self.persistence(times, times)
 
-        def cost(own: float, drift: float) -> float:
-            apart = (own * self.own_sd) ** 2 * same_plan + (drift * self.drift_sd) ** 2 * persistence
+        def cost(own_factor: float, drift_factor: float) -> float:
+            apart = (own_factor * self.own_sd) ** 2 * own + (drift_factor * self.drift_sd) ** 2 * persistence
             lower = np.linalg.cholesky(shared + apart)
             white = np.linalg.solve(lower, residual)
-            unexpected = 0.5 * (np.log2(own) ** 2 + np.log2(drift) ** 2)
+            unexpected = 0.5 * (np.log2(own_factor) ** 2 + np.log2(drift_factor) ** 2)
             return float(0.5 * white @ white + np.sum(np.log(np.diag(lower))) + unexpected)
 
-        own = min(_OWN_FACTORS, key=lambda factor: cost(factor, 1.0))
-        drift = min(_DRIFT_FACTORS, key=lambda factor: cost(own, factor))
-        return own * self.own_sd, drift * self.drift_sd
+        own_factor = min(_OWN_FACTORS, key=lambda factor: cost(factor, 1.0))
+        drift_factor = min(_DRIFT_FACTORS, key=lambda factor: cost(own_factor, factor))
+        return own_factor * self.own_sd, drift_factor * self.drift_sd
 
 
 def likeness(left: Array, right: Array, lengths: Sequence[float]) -> Array:

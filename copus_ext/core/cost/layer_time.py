@@ -22,7 +22,6 @@ _DROPOUT_BYTES = 4
 _LOSS_BYTES = 20  # per logit, both passes: softmax and cross entropy in fp32
 _SCORE_BYTES = 24  # per attention score, both passes, where the scores are held in memory
 _BACKWARD_TRAFFIC = 1.6  # of the forward pass's, for element-wise work
-_MAIN_GRADIENT_BYTES = 8  # of a gradient in fp32, read and written
 _FLASH_BACKWARD = 2.5  # of the forward pass: FlashAttention computes the scores once more (Dao 2023, arXiv 2307.08691)
 
 
@@ -169,7 +168,7 @@ def _accumulation(weights: Any, model: ModelShape, hardware: Hardware, options: 
     """Seconds to add a micro-batch's gradients of so many weights to those before, where the products do not do it."""
     if options.fused_accumulation:
         return np.zeros_like(weights)
-    size = weights * (_MAIN_GRADIENT_BYTES + model.param_bytes)
+    size = weights * (2 * options.gradient_bytes + model.param_bytes)  # the sum read and written, the new ones read
     return size / (hardware.memory_bandwidth * hardware.reached.memory)
 
 

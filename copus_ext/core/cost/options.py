@@ -9,6 +9,9 @@ from dataclasses import dataclass
 CUDA_CONTEXT_BYTES = 1.65e9
 
 
+FUSED = ("fused_accumulation", "fused_adam")  # what upstream has no kernels for on a CPU
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """Named after the flags they come from; what upstream does where none of them is given."""
@@ -24,6 +27,3 @@ class RunOptions:
     context_bytes: float = 0.0  # what a process holds of its device beside tensors
     fused_accumulation: bool = True  # products add up gradients themselves; not with --no-gradient-accumulation-fusion
     fused_adam: bool = True  # in one pass over memory, by Transformer Engine or apex; torch's takes one an operation
-
-
-ON_CPU = RunOptions(fused_accumulation=False, fused_adam=False)  # where upstream has no fused kernels

@@ -38,22 +38,24 @@ class Predictions:
     observed_steps: NDArray[np.int64]  # [n] steps of that very plan that are remembered
     features: Features  # what the covariance before any measurement is computed from
     explained: Array  # [at most observed plans + 1, n] columns whose products are what the measurements took from it
-    own_sd: float  # of what a plan has for itself
+    own_sd: float  # of the deviation that a layout has with a micro-batch, and shares with no other
     drift_sd: float  # of what the machine drifts by, which all plans share
     kernel: ErrorKernel
 
     def log_covariance(self) -> Array:
         """[n, n] covariance of the log step times; n x n numbers, so not for thousands of plans."""
         before = self.kernel.between(self.features, self.features) + self.drift_sd**2
-        return np.asarray(before + self.own_sd**2 * np.eye(len(before)) - self.explained.T @ self.explained)
+        before = before + self.own_sd**2 * self.features.own_deviation(self.features)
+        return np.asarray(before - self.explained.T @ self.explained)
 
     def log_ratio_sd(self, reference: int) -> Array:
         """[n] standard deviation of log(step time / step time of plan number ``reference``); 0 for that plan."""
         one = self.features.take(slice(reference, reference + 1))
         shared = self.kernel.between(self.features, one)[:, 0] + self.drift_sd**2
+        shared = shared + self.own_sd**2 * self.features.own_deviation(one)[:, 0]
         shared = shared - self.explained.T @ self.explained[:, reference]
         variance = self.log_sd**2 + self.log_sd[reference] ** 2 - 2.0 * shared
-        variance[reference] = 0.0  # ``shared`` leaves out what that plan has for itself
+        variance[reference] = 0.0
         return np.asarray(np.sqrt(np.maximum(variance, 0.0)))
 
     def interval(self, probability: float = 0.9) -> tuple[Array, Array]:
@@ -115,7 +117,7 @@ class ThroughputModel:
 
     def _posterior(self, features: Features) -> tuple[Array, Array, float, float]:
         """[n] expected log correction, [at most observed plans + 1, n] factors of the covariance that measurements took
-        away, and the standard deviations of what plans have for themselves and of drift.
+        away, and the standard deviations of own deviations and of drift.
         """
         visits, kernel = self.seen.visits, self.kernel
         numbers = {plan: number for number, plan in enumerate(self.seen.steps)}
@@ -127,13 +129,13 @@ class ThroughputModel:
         residual = medians - np.log(parts.total)[visited]
         times = np.array([visit.middle_s for visit in visits])
         shared = kernel.between(seen, seen)[np.ix_(visited, visited)] + np.diag(noise + kernel.visit_sd**2)
-        same_plan = np.equal.outer(visited, visited)
-        own_sd, drift_sd = kernel.likeliest_sizes(shared, same_plan, times, residual)
-        within = shared + own_sd**2 * same_plan + drift_sd**2 * kernel.persistence(times, times)
+        own = seen.own_deviation(seen)[np.ix_(visited, visited)]
+        own_sd, drift_sd = kernel.likeliest_sizes(shared, own, times, residual)
+        within = shared + own_sd**2 * own + drift_sd**2 * kernel.persistence(times, times)
         # A visit shares with a plan now what the plan seen shares with it, and the drift: as many factors are enough.
         now = drift_sd**2 * kernel.persistence(times, np.array([self.seen.now_s]))
         factors = np.hstack([np.eye(len(numbers))[visited], now])
-        between = kernel.between(seen, features) + own_sd**2 * seen.is_same(features)
+        between = kernel.between(seen, features) + own_sd**2 * seen.own_deviation(features)
         across = np.vstack([between, np.ones(len(features.shares))])
         correction, explained = explain(within, factors, residual)
         return correction @ across, np.linalg.qr(explained, mode="r") @ across, own_sd, drift_sd
@@ -146,7 +148,8 @@ class ThroughputModel:
     @staticmethod
     def from_json(values: dict[str, Any]) -> ThroughputModel:
         """Inverse of :meth:`to_json`."""
-        kernel = ErrorKernel(**{**values["kernel"], "lengths": tuple(values["kernel"]["lengths"])})
+        told = {"own_sd": 0.0, **values["kernel"]}  # logs from before there were own deviations
+        kernel = ErrorKernel(**{**told, "lengths": tuple(told["lengths"])})
         return ThroughputModel(
             ModelShape(**values["model"]),
             hardware_from_json(values["hardware"]),

@@ -47,6 +47,7 @@ from fit_throughput import START, Problem, constants_of, fit_constants
 
 Replay = tuple[NDArray[np.float64], NDArray[np.bool_]]
 
+_KERNEL = ErrorKernel()
 _LEAST_PLANS = 8
 _FIGURES = (
     "median_error",
@@ -58,7 +59,7 @@ _FIGURES = (
 )
 
 
-def published_sweeps() -> Iterator[Sweep]:
+def published_sweeps(kernel: ErrorKernel) -> Iterator[Sweep]:
     """Sweeps of at least eight plans among the package's points."""
     fit = read_fit()
     points = Points(usable(read_points(POINTS)))
@@ -72,14 +73,8 @@ def published_sweeps() -> Iterator[Sweep]:
         constants = constants_of(fit_constants(problem, fit.kernel, START, others, 12))
         own = [points.points[row] for row in rows]
         times = {open_plans(point)[0]: point.step_time_s or 0.0 for point in own}
-        prior = ThroughputModel(own[0].model, constants.of(hardware_of(own[0])), options=own[0].options)
+        prior = ThroughputModel(own[0].model, constants.of(hardware_of(own[0])), options=own[0].options, kernel=kernel)
         yield Sweep(str(name), prior, tuple(times), tuple(times.values()))
-
-
-def with_own_deviations(sweep: Sweep, own_sd: float) -> Sweep:
-    """The sweep, to be predicted with own deviations of at least this size."""
-    kernel = replace(sweep.prior.kernel, own_sd=own_sd)
-    return replace(sweep, prior=replace(sweep.prior, kernel=kernel))
 
 
 def replays_of(sweep: Sweep, observed: int) -> list[Replay]:
@@ -116,12 +111,12 @@ def measured_sweep(name: str, prior: ThroughputModel, table: ThroughputTable) ->
     return Sweep(name, prior, tuple(times), tuple(times.values()))
 
 
-def prior_of(table: ThroughputTable, hardware: str) -> ThroughputModel:
+def prior_of(table: ThroughputTable, hardware: str, kernel: ErrorKernel = _KERNEL) -> ThroughputModel:
     """What is expected of a table's plans before anything was measured."""
     assert table.subject is not None
     words = table.subject.options.split()
     options = RunOptions(**{name: f"no_{name}" not in words for name in FUSED})
-    return ThroughputModel(table.subject.model, load_hardware(hardware), options=options)
+    return ThroughputModel(table.subject.model, load_hardware(hardware), options=options, kernel=kernel)
 
 
 def judge_visits(prior: ThroughputModel, table: ThroughputTable) -> dict[str, float | None]:
@@ -144,30 +139,30 @@ def main() -> int:
     parser.add_argument("--observed", type=int, default=4, metavar="N", help="plans observed before errors are taken")
     parser.add_argument("--probes", type=int, default=3, metavar="N", help="plans tried after the first choice")
     parser.add_argument(
-        "--own-sd", type=float, default=ErrorKernel.own_sd, metavar="SD", help="least own deviation of layouts; 0: none"
+        "--own-sd", type=float, default=_KERNEL.own_sd, metavar="SD", help="least own deviation of layouts; 0: none"
     )
     parser.add_argument(
-        "--drift-sd", type=float, default=ErrorKernel.drift_sd, metavar="SD", help="for visits; 0: without drift"
+        "--drift-sd", type=float, default=_KERNEL.drift_sd, metavar="SD", help="for visits; 0: without drift"
     )
     args = parser.parse_args()
+    kernel = replace(_KERNEL, own_sd=args.own_sd)
     try:
         tables = {path: measured_table(path, args.visits) for path in args.table or ()}
-        priors = {path: prior_of(table, args.hardware) for path, table in tables.items()}
+        priors = {path: prior_of(table, args.hardware, kernel) for path, table in tables.items()}
     except UserError as error:
         print(f"replay_sweeps.py: {error}", file=sys.stderr)
         return 2
     found: dict[str, dict[str, Any]] = {}
     together: dict[str, float] = {}
     measured = [measured_sweep(path, priors[path], table) for path, table in tables.items()]
-    for kind, sweeps in (("published", list(published_sweeps())), ("tables", measured)):
-        sweeps = [with_own_deviations(sweep, args.own_sd) for sweep in sweeps]
+    for kind, sweeps in (("published", list(published_sweeps(kernel))), ("tables", measured)):
         replays = [replays_of(sweep, args.observed) for sweep in sweeps]
         found |= {sweep.name: judge(sweep, each, args.probes) for sweep, each in zip(sweeps, replays, strict=True)}
         if sweeps:
             together[kind] = float(np.median(np.concatenate([errors for each in replays for errors, _ in each])))
     for path, table in tables.items():
-        kernel = replace(priors[path].kernel, own_sd=args.own_sd, drift_sd=args.drift_sd)
-        found[path]["visits"] = judge_visits(replace(priors[path], kernel=kernel), table)
+        drifting = replace(priors[path], kernel=replace(kernel, drift_sd=args.drift_sd))
+        found[path]["visits"] = judge_visits(drifting, table)
     means = {name: float(np.mean([figures[name] for figures in found.values()])) for name in _FIGURES}
     print(json.dumps({"sweeps": found, "mean_over_sweeps": means, "median_error_of_all": together}, indent=1))
     return 0

@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 
-_INTEGERS = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
-
 Part = tuple[str, tuple[int, ...], "np.ndarray[Any, Any]"]  # of a tensor, from an offset on, the bits as integers
 
 
@@ -52,7 +50,7 @@ def _bits(tensor: Any) -> np.ndarray[Any, Any]:
     """NumPy knows no bfloat16, and what is compared are bits. Of a copy: memory shared with NumPy can't be moved."""
     import torch
 
-    integers = getattr(torch, np.dtype(_INTEGERS[tensor.element_size()]).name)
+    integers = getattr(torch, f"int{8 * tensor.element_size()}")
     return tensor.detach().clone().view(integers).numpy()
 
 
@@ -66,10 +64,10 @@ def _together(mine: list[Part]) -> dict[str, Any]:
     for part in mine:
         shares[zlib.crc32(part[0].encode()) % world.size()].append(part)
     everyone: list[Any] = [None] * world.size()
-    dist.all_gather_object(everyone, [pickle.dumps(share) for share in shares], group=world)
+    dist.all_gather_object(everyone, [pickle.dumps(share) for share in shares if mine], group=world)
     found: dict[str, list[Part]] = {}
-    assert any(len(share) > len(pickle.dumps([])) for theirs in everyone for share in theirs), "nobody holds anything"
-    for theirs in everyone:
+    assert any(everyone), "nobody holds anything"
+    for theirs in filter(None, everyone):
         for part in pickle.loads(theirs[world.rank()]):
             found.setdefault(part[0], []).append(part)
     return {name: _whole(parts) for name, parts in found.items()}

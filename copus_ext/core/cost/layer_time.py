@@ -68,7 +68,7 @@ def layer_time(table: PlanTable, model: ModelShape, hardware: Hardware, options:
         matmul=product_forward * (1 + fully) + product_backward,
         attention=score_forward * (1 + (fully | table.recomputes("selective"))) + score_backward,
         traffic=traffic_forward * (1 + fully + _BACKWARD_TRAFFIC)
-        + _accumulation(_layer_weights(table, model), model, hardware, options),
+        + _accumulation(sum(model.layer_share(table.tp, table.ep)), model, hardware, options),
         tensor=_tensor(table, model, hardware, options),
         context=_context(table, model, hardware, score_forward + score_backward),
         expert=_dispatch(table, model, hardware),
@@ -157,11 +157,6 @@ def _traffic(table: PlanTable, model: ModelShape, hardware: Hardware, options: R
     inside = 2 * (4 * model.hidden + (3 if model.gated else 2) * width) / table.tp
     size = tokens(table, model) * (outside + inside) * model.param_bytes / 2
     return size / (hardware.memory_bandwidth * hardware.reached.memory)
-
-
-def _layer_weights(table: PlanTable, model: ModelShape) -> Any:
-    """[n] of one layer on one rank."""
-    return (model.attention_params + model.mlp_params * max(1, model.experts) / table.ep) / table.tp
 
 
 def _accumulation(weights: Any, model: ModelShape, hardware: Hardware, options: RunOptions) -> Any:

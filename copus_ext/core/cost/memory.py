@@ -165,11 +165,9 @@ def _params(stage: _Stage, table: PlanTable, model: ModelShape) -> tuple[Any, An
 
 
 def _linear_params(stage: _Stage, table: PlanTable, model: ModelShape) -> tuple[Any, Any]:
-    """[n] weights of linear layers on a rank: dense ones and experts."""
-    if not model.experts:
-        return stage.layers * model.layer_params / table.tp, np.zeros_like(table.tp)
-    experts = stage.layers * model.experts * model.mlp_params / (table.ep * table.tp)
-    return stage.layers * model.attention_params / table.tp, experts
+    """[n] weights of linear layers on a rank: dense ones and experts'."""
+    dense, experts = model.layer_share(table.tp, table.ep)
+    return stage.layers * dense, stage.layers * experts
 
 
 def _ends(stage: _Stage, table: PlanTable, model: ModelShape, options: RunOptions) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class ModelShape:
     def layer_params(self) -> int:
         """Weights of one layer, all experts counted."""
         return self.attention_params + self.mlp_params * max(1, self.experts)
+
+    def layer_share(self, tp: Any, ep: Any) -> tuple[Any, Any]:
+        """Weights of one layer on one rank, dense ones and experts'; sizes are numbers or arrays."""
+        dense = self.attention_params if self.experts else self.layer_params
+        return dense / tp, self.experts * self.mlp_params / (ep * tp)
 
     @property
     def active_layer_params(self) -> int:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 # 176B chronicles-prequel.md); buffers of NCCL come on top.
 CUDA_CONTEXT_BYTES = 1.65e9
 
-
 FUSED = ("fused_accumulation", "fused_adam")  # what upstream has no kernels for on a CPU
 
 

@@ -159,10 +159,8 @@ def _rank_params(table: PlanTable, model: ModelShape) -> tuple[Any, Any]:
     """[n] dense and [n] expert parameters on a rank that also holds an embedding: the fullest one."""
     layers, _ = _layers_of_stages(table, model)
     embeddings = np.where((table.pp > 1) | model.tied, 1.0, 2.0) * model.embedding_params
-    if not model.experts:
-        return (layers * model.layer_params + embeddings) / table.tp, np.zeros_like(layers)
-    experts = layers * model.mlp_params * model.experts / table.ep / table.tp
-    return (layers * model.attention_params + embeddings) / table.tp, experts
+    dense, experts = model.layer_share(table.tp, table.ep)
+    return layers * dense + embeddings / table.tp, layers * experts
 
 
 def _data_seconds(

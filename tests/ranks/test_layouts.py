@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from copus_ext.core.plan import Layout, Plan
@@ -11,8 +12,8 @@ from tests.ranks.harness import run_ranks
 LAYOUTS = (Layout(dp=4), Layout(tp=2, pp=2), Layout(pp=4), Layout(dp=2, tp=2), Layout(dp=2, pp=2, vpp=2))
 
 
-def walk(rounds: int) -> tuple[list[tuple[int, int, int]], list[list[tuple[Any, ...]]]]:
-    """Resources held and the groups this rank is in, after each round through all layouts."""
+def walk(rounds: int) -> tuple[list[tuple[int, int, int]], list[list[tuple[Any, ...]]], int]:
+    """Resources held and the groups this rank is in, after each round of layouts; threads in which gloo polls."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
@@ -29,7 +30,7 @@ def walk(rounds: int) -> tuple[list[tuple[int, int, int]], list[list[tuple[Any, 
             seen.append(_sum_over(parallel_state))
         groups.append(seen)
         held.append((len(dist.distributed_c10d._world.pg_map), len(os.listdir("/proc/self/task")), _descriptors()))
-    return held, groups
+    return held, groups, _threads().count("gloo_tcp_loop")
 
 
 def _sum_over(parallel_state: Any) -> tuple[Any, ...]:
@@ -49,14 +50,19 @@ def _sum_over(parallel_state: Any) -> tuple[Any, ...]:
     return (*sums, parallel_state.get_virtual_pipeline_model_parallel_world_size())
 
 
+def _threads() -> list[str]:
+    return [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+
+
 def _descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
 def test_going_round_the_layouts_makes_every_group_once() -> None:
-    for held, groups in run_ranks(4, walk, 6):
+    for held, groups, polling in run_ranks(4, walk, 6):
         assert groups[1:] == groups[:-1], "a layout has other groups the second time"
         assert [(sums[0][0], sums[1][0], sums[2][0], sums[3]) for sums in groups[0]] == [
             (layout.tp, layout.pp, layout.dp, layout.vpp if layout.vpp > 1 else None) for layout in LAYOUTS
         ]
         assert len(set(held[1:])) == 1, f"process groups, threads, descriptors by round: {held}"
+        assert polling == 1, "each gloo group has a thread that polls"

@@ -60,7 +60,7 @@ def plan_of(raw: argparse.Namespace) -> Plan:
         UserError: flags that do not go together, with what upstream or the plan itself says of them.
     """
     _check_flags(raw)
-    args = copy.deepcopy(raw)
+    args = _copied(raw)
     try:
         with _unannounced():
             upstream.validate_args(args)
@@ -124,7 +124,7 @@ def arguments_for(raw: argparse.Namespace, plan: Plan, *, announce: bool = False
     Raises:
         AssertionError, ValueError, RuntimeError: upstream's validation refuses the plan.
     """
-    args = copy.deepcopy(raw)
+    args = _copied(raw)
     for name, value in {**plan_overrides(raw, plan), **more}.items():
         setattr(args, name, value)
     # Evaluation must read the same samples whatever the plan: its batch is the run's, only its micro-batch follows.
@@ -134,6 +134,13 @@ def arguments_for(raw: argparse.Namespace, plan: Plan, *, announce: bool = False
     with contextlib.nullcontext() if announce else _unannounced():
         upstream.validate_args(args)
     return args
+
+
+def _copied(raw: argparse.Namespace) -> argparse.Namespace:
+    """A deep copy. Nearly all of some hundred arguments are plain values, which `copy.deepcopy` is slow to find out."""
+    plain = (str, int, float, type(None))
+    values = {name: v if isinstance(v, plain) else copy.deepcopy(v) for name, v in vars(raw).items()}
+    return argparse.Namespace(**values)
 
 
 @contextlib.contextmanager

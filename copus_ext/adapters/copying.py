@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -20,6 +20,8 @@ Comparison = Callable[[torch.Tensor, torch.Tensor], bool]  # True where both hav
 
 def copied(target: torch.Tensor, source: torch.Tensor, same: Comparison) -> bool:
     """Copy ``source`` into ``target``, of the same shape and type, part by part: True if each is the ``same`` then."""
+    if source.nbytes <= _PART_BYTES:
+        return same(target.copy_(source), source)
     if target.is_contiguous() and source.is_contiguous():
         target, source = target.view(-1), source.view(-1)
     return all(same(there.copy_(here), here) for there, here in zip(_parts(target), _parts(source), strict=True))
@@ -42,13 +44,9 @@ def _as_integers(*tensors: torch.Tensor) -> list[torch.Tensor]:
     raise ValueError(f"numbers of {tensors[0].element_size()} bytes")
 
 
-def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def _parts(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
     """Along the first axis; rows are not cut further."""
-    if tensor.nbytes <= _PART_BYTES:
-        yield tensor
-        return
-    rows = max(1, _PART_BYTES // tensor[0].nbytes)
-    yield from tensor.split(rows)
+    return tensor.split(max(1, _PART_BYTES // tensor[0].nbytes))
 
 
 @functools.cache

@@ -33,9 +33,10 @@ class JobMemory:
             UnsupportedReshard: a tensor that cannot be placed in logical coordinates.
         """
         self._job = job
+        self._parameters = [parameter for chunk in job.model for parameter in chunk.parameters()]
         with WithoutMemory() if _is_hollow(job) else contextlib.nullcontext():
             self.state: JobState = job_state(job, with_moments=with_moments)
-        self.kept = Storages(_kept(job))
+        self.kept = Storages(self._tensors_kept())
         self.gradients = gradients(job)
         in_pieces = self.kept.sizes(tensor for piece in self.state.pieces for tensor in piece.tensors)
         self.derived = self.kept.numbers - in_pieces.keys()
@@ -43,14 +44,14 @@ class JobMemory:
     @property
     def is_current(self) -> bool:
         """The job still keeps its state in the same memory: nothing was loaded into it that brought its own."""
-        return {tensor.untyped_storage()._cdata for tensor in _kept(self._job)} == self.kept.numbers
+        return {tensor.untyped_storage()._cdata for tensor in self._tensors_kept()} == self.kept.numbers
 
     @property
     def device(self) -> torch.device:
         """Where the state lies, or would."""
-        parameters = (parameter for chunk in self._job.model for parameter in chunk.parameters())
-        example = next(parameters, None)
-        return torch.empty(0, device=torch.cuda.current_device()).device if example is None else example.device
+        if self._parameters:
+            return self._parameters[0].device
+        return torch.empty(0, device=torch.cuda.current_device()).device
 
     @property
     def is_held_elsewhere(self) -> bool:
@@ -80,6 +81,14 @@ class JobMemory:
         """Make the job hollow."""
         self.gradients.empty()
         self.kept.empty()
+
+    def _tensors_kept(self) -> Iterator[torch.Tensor]:
+        yield from self._parameters
+        yield from (buffer.param_data for buffer in _buffers(self._job) if buffer.param_data is not None)
+        for shard in optimizer_shards(self._job.optimizer).values():
+            yield shard.main
+            kept = shard.optimizer.state.get(shard.main, {})
+            yield from (t for t in kept.values() if isinstance(t, torch.Tensor) and t.numel() == shard.main.numel() > 1)
 
 
 class Side:
@@ -121,16 +130,6 @@ class Side:
 
 def _is_hollow(job: Job) -> bool:
     return any(is_hollow(parameter) for chunk in job.model for parameter in chunk.parameters())
-
-
-def _kept(job: Job) -> Iterator[torch.Tensor]:
-    for chunk in job.model:
-        yield from chunk.parameters()
-    yield from (buffer.param_data for buffer in _buffers(job) if buffer.param_data is not None)
-    for shard in optimizer_shards(job.optimizer).values():
-        yield shard.main
-        kept = shard.optimizer.state.get(shard.main, {})
-        yield from (t for t in kept.values() if isinstance(t, torch.Tensor) and t.numel() == shard.main.numel() > 1)
 
 
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,11 @@ class Phases:
         try:
             yield
         finally:
-            spent = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._within
-            self._within = around + spent
+            spent, within = time.perf_counter() - start, self._within
+            self._within = around
+            self.add(name, spent, within)
+
+    def add(self, name: str, spent: float, within: float = 0.0) -> None:
+        """Seconds that were ``spent``, those ``within`` them being told already: for what is too short for a block."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + spent - within
+        self._within += spent

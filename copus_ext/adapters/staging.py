@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from copus_ext.adapters.agreement import largest
@@ -17,6 +15,8 @@ def has_to_be_staged(plan: Stream, old: Side, new: Side) -> bool:
 
     Gradients and derived weights of the old job must be gone.
     """
+    if old.memory.device.type != "cuda":
+        return False
     short = extra_bytes(plan, old, new, whole_world().rank()) > free_bytes(old.memory.device)
     return bool(largest(int(short)))
 
@@ -35,9 +35,7 @@ def extra_bytes(plan: Stream, old: Side, new: Side, rank: int) -> int:
     return max(worst, new.memory.nbytes - old.memory.kept.held)
 
 
-def free_bytes(device: torch.device) -> float:
-    """What its allocator keeps for later included; of a CPU no end, since a copy on the host would not help there."""
-    if device.type != "cuda":
-        return math.inf
+def free_bytes(device: torch.device) -> int:
+    """Of a GPU; what its allocator keeps for later included."""
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached

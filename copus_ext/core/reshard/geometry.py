@@ -6,6 +6,7 @@ flat range of a C-order tensor is cut (Megatron's distributed optimizer), a few 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -65,6 +66,7 @@ def subtract_all(box: Box, taken: Iterable[Box]) -> list[Box]:
     return rest
 
 
+@functools.lru_cache(maxsize=2**12)  # shapes come again and again
 def strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """C-order strides in elements."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))

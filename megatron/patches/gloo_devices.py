@@ -1,8 +1,8 @@
 """One gloo device for all process groups of a process, instead of one for each.
 
 A device of gloo has a thread that looks for traffic a hundred times a second, whether there is any or not. Upstream
-makes some twenty groups for a layout, and a job that has been in five layouts has sixty of them on each rank: where
-ranks share cores these threads take a tenth of them, and get in the way of every step.
+makes some twenty groups for a layout, and a job that has been in five layouts has sixty of them on each rank. Where
+ranks share cores these threads get in the way of every step and every switch.
 
 All traffic of a process goes through one thread then. That is the right trade where gloo carries small messages beside
 NCCL or RCCL, and where ranks share cores; a CPU of its own for each rank and a network of 40 Gbit/s could want more.

@@ -103,13 +103,15 @@ share_index_with_uv() {
 }
 
 # uv links packages from its cache, which takes seconds. It does not see packages outside the environment, so those
-# that are kept are taken out of the resolution by a marker that never holds.
+# that are kept are taken out of the resolution by a marker that never holds. Bytecode is made as pip makes it: where
+# Python writes none itself (PYTHONDONTWRITEBYTECODE, as in many containers), every rank of every run would compile
+# thousands of modules.
 install_with_uv() {
   local uv
   share_index_with_uv
   uv=$(command -v uv || echo "$venv/bin/uv")
   sed 's/==.*/; python_version < "0"/' "$kept" >"$work/overrides.txt"
-  "$uv" pip install --quiet --python "$venv_python" \
+  "$uv" pip install --quiet --python "$venv_python" --compile-bytecode \
     --constraint "$work/constraints.txt" --overrides "$work/overrides.txt" --editable ".[$extras]"
 }
 

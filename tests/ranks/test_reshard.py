@@ -447,3 +447,43 @@ def _census(flags: str) -> list[int]:
 def test_released_job_is_gone(flags: str) -> None:
     for counts in run_ranks(4, _census, flags):
         assert counts == [1, 2, 1, 2, 1]
+
+
+def _foreseen(flags: str, words: str, chunk_bytes: int) -> list[tuple[int, int]]:
+    """Of each move: bytes that it was said to take in between, beyond those held when it begins, and that it took."""
+    import torch.distributed as dist
+
+    from copus_ext.adapters import reshard as module
+    from copus_ext.adapters.staging import extra_bytes
+    from tests.ranks.steps import train_steps
+
+    begun: list[tuple[int, int]] = []
+    ledgers: list[Any] = []
+
+    class Watched(module.Ledger):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            ledgers.append(self)
+
+    def foreseeing(plan: Any, old: Any, new: Any) -> bool:
+        begun.append((extra_bytes(plan, old, new, dist.get_rank()), ledgers[-1].held))
+        ledgers[-1].peak = ledgers[-1].held
+        return False
+
+    first, *others = (parse_plan(word, _BASE) for word in words.split())
+    raw, layouts = start(flags, first)
+    job = seeded(layouts, raw, first)
+    train_steps(job, layouts, 1)
+    with mock.patch.multiple(module, Ledger=Watched, has_to_be_staged=foreseeing):
+        for plan in others:
+            job, _ = moved(job, plan, raw, layouts, {}, chunk_bytes=chunk_bytes)
+    return [(extra, ledger.peak - held) for (extra, held), ledger in zip(begun, ledgers, strict=True)]
+
+
+@pytest.mark.parametrize("flags", ["", "--bf16 "])
+def test_what_a_move_takes_in_between_is_foreseen(flags: str) -> None:
+    """On a GPU it decides whether there is room for it; packing may take less than a round has."""
+    chunk_bytes = 2**17
+    for seen in run_ranks(4, _foreseen, flags, "dp4 tp2,pp2 dp4,zero1 pp4 dp2,tp2,zero1", chunk_bytes):
+        for foreseen, taken in seen:
+            assert taken <= max(0, foreseen) <= taken + chunk_bytes

@@ -137,7 +137,7 @@ def arguments_for(raw: argparse.Namespace, plan: Plan, *, announce: bool = False
 
 
 def _copied(raw: argparse.Namespace) -> argparse.Namespace:
-    """A deep copy. Nearly all of some hundred arguments are plain values, which `copy.deepcopy` is slow to find out."""
+    """A deep copy. Nearly all of the 800 arguments are plain values, which ``copy.deepcopy`` is slow to find out."""
     plain = (str, int, float, type(None))
     values = {name: v if isinstance(v, plain) else copy.deepcopy(v) for name, v in vars(raw).items()}
     return argparse.Namespace(**values)

@@ -43,7 +43,7 @@ class JobMemory:
 
     @property
     def is_current(self) -> bool:
-        """The job still keeps its state in the same memory: nothing was loaded into it that brought its own."""
+        """Parameters and the optimizer's tensors are where they were: nothing was loaded that brought its own."""
         return {tensor.untyped_storage()._cdata for tensor in self._tensors_kept()} == self.kept.numbers
 
     @property

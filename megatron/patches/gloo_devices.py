@@ -11,6 +11,8 @@ NCCL or RCCL, and where ranks share cores; a CPU of its own for each rank and a 
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -20,28 +22,33 @@ from megatron.patches.registry import Patch
 def apply() -> None:
     """Have every gloo group use the devices that torch has chosen for the first one of the process."""
     from torch.distributed import distributed_c10d
-    from torch.distributed.constants import default_pg_timeout
 
     group: Any = distributed_c10d.ProcessGroupGloo
+    group.__init__ = _on_same_devices(group)
+
+
+def _on_same_devices(group: Any) -> Callable[..., None]:
+    """The constructor of a class of groups, for all who bring no options of their own."""
     make = group.__init__
-    devices: list[Any] = []
+    by_process: dict[int, list[Any]] = {}  # a fork has no thread of what it inherits
 
     @functools.wraps(make)
-    def make_on_same_devices(
-        self: Any, store: Any, rank: int, size: int, how: timedelta | Any = default_pg_timeout, **named: Any
-    ) -> None:
-        timeout = named.get("timeout", how)
-        if not isinstance(timeout, timedelta):  # options of the caller's own
-            make(self, store, rank, size, timeout)
-        elif devices:
-            options = group._Options()
-            options._devices, options._threads, options._timeout = devices, 2 * len(devices), timeout
-            make(self, store, rank, size, options)
-        else:
-            make(self, store, rank, size, timeout)
-            devices.extend(self.options._devices)
+    def make_on_same_devices(self: Any, store: Any, rank: int, size: int, *given: Any, **named: Any) -> None:
+        devices = by_process.setdefault(os.getpid(), [])
+        how = {**dict(zip(("timeout",), given, strict=False)), **named}
+        usual = how.keys() <= {"timeout"} and isinstance(how.get("timeout", timedelta()), timedelta)
+        if not (usual and devices):
+            make(self, store, rank, size, *given, **named)
+            if usual:  # an older torch does not tell, and each group has its own then
+                devices.extend(getattr(getattr(self, "options", None), "_devices", ()))
+            return
+        options = group._Options()
+        options._devices, options._threads = devices, 2 * len(devices)
+        if "timeout" in how:
+            options._timeout = how["timeout"]
+        make(self, store, rank, size, options)
 
-    group.__init__ = make_on_same_devices
+    return make_on_same_devices
 
 
 PATCH = Patch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,11 @@ def _sum_over(parallel_state: Any) -> tuple[Any, ...]:
 
 
 def _threads() -> list[str]:
-    return [task.joinpath("comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            names.append(task.joinpath("comm").read_text().strip())
+    return names
 
 
 def _descriptors() -> int:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -478,6 +479,27 @@ def _foreseen(flags: str, words: str, chunk_bytes: int) -> list[tuple[int, int]]
         for plan in others:
             job, _ = moved(job, plan, raw, layouts, {}, chunk_bytes=chunk_bytes)
     return [(extra, ledger.peak - held) for (extra, held), ledger in zip(begun, ledgers, strict=True)]
+
+
+def _decisions() -> list[bool]:
+    """Of 100 bytes that a move takes: where rank 2 has 10 of them, and where all have more."""
+    import torch
+    import torch.distributed as dist
+
+    from copus_ext.adapters import staging
+
+    start("", _BASE)
+    side: Any = SimpleNamespace(memory=SimpleNamespace(device=torch.device("cuda")))
+    decided = []
+    for short in (2, None):
+        free = 10 if dist.get_rank() == short else 1000
+        with mock.patch.multiple(staging, extra_bytes=lambda *_: 100, free_bytes=lambda _, free=free: free):
+            decided.append(staging.has_to_be_staged(mock.Mock(), side, side))
+    return decided
+
+
+def test_all_ranks_go_through_host_memory_where_one_is_short() -> None:
+    assert run_ranks(4, _decisions) == [[True, False]] * 4
 
 
 @pytest.mark.parametrize("flags", ["", "--bf16 "])

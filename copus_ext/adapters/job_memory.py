@@ -34,7 +34,7 @@ class JobMemory:
         """
         self._job = job
         self._parameters = [parameter for chunk in job.model for parameter in chunk.parameters()]
-        with WithoutMemory() if _is_hollow(job) else contextlib.nullcontext():
+        with WithoutMemory() if any(map(is_hollow, self._parameters)) else contextlib.nullcontext():
             self.state: JobState = job_state(job, with_moments=with_moments)
         self.kept = Storages(self._tensors_kept())
         self.gradients = gradients(job)
@@ -126,10 +126,6 @@ class Side:
             for tensor, copy in zip(piece.tensors, staged.tensors, strict=True):
                 tensor.copy_(copy)
         self.pieces = self.memory.state.pieces
-
-
-def _is_hollow(job: Job) -> bool:
-    return any(is_hollow(parameter) for chunk in job.model for parameter in chunk.parameters())
 
 
 def _on_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,21 +12,20 @@ class Phases:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._within = 0.0  # seconds of the blocks within the present one
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Time the block and add it to phase ``name``."""
-        around, self._within = self._within, 0.0
-        start = time.perf_counter()
+        before, start = self._told, time.perf_counter()
         try:
             yield
         finally:
-            spent, within = time.perf_counter() - start, self._within
-            self._within = around
-            self.add(name, spent, within)
+            self.add(name, time.perf_counter() - start - (self._told - before))
 
-    def add(self, name: str, spent: float, within: float = 0.0) -> None:
-        """Seconds that were ``spent``, those ``within`` them being told already: for what is too short for a block."""
-        self.seconds[name] = self.seconds.get(name, 0.0) + spent - within
-        self._within += spent
+    def add(self, name: str, seconds: float) -> None:
+        """Seconds that were measured otherwise: within a block they are no longer the block's."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    @property
+    def _told(self) -> float:
+        return sum(self.seconds.values())

@@ -135,7 +135,7 @@ class Switcher:
                 new = self._in_charge(plan, args, job.args)
             moved = reshard(job, new, plans=self.plans)
         for phase, seconds in moved.seconds.items():
-            phases.seconds[phase] = phases.seconds.get(phase, 0.0) + seconds
+            phases.add(phase, seconds)
         report.bytes_moved, report.bytes_minimum = moved.bytes_moved, moved.bytes_minimum
         report.state_bytes, report.peak_extra_bytes = moved.state_bytes, moved.peak_extra_bytes
         if rehearsed:

@@ -35,8 +35,8 @@ def _on_same_devices(group: Any) -> Callable[..., None]:
     @functools.wraps(make)
     def make_on_same_devices(self: Any, store: Any, rank: int, size: int, *given: Any, **named: Any) -> None:
         devices = by_process.setdefault(os.getpid(), [])
-        how = {**dict(zip(("timeout",), given, strict=False)), **named}
-        usual = how.keys() <= {"timeout"} and isinstance(how.get("timeout", timedelta()), timedelta)
+        how = (*given, *named.values())
+        usual = named.keys() <= {"timeout"} and len(how) <= 1 and all(isinstance(one, timedelta) for one in how)
         if not (usual and devices):
             make(self, store, rank, size, *given, **named)
             if usual:  # an older torch does not tell, and each group has its own then
@@ -44,8 +44,8 @@ def _on_same_devices(group: Any) -> Callable[..., None]:
             return
         options = group._Options()
         options._devices, options._threads = devices, 2 * len(devices)
-        if "timeout" in how:
-            options._timeout = how["timeout"]
+        if how:
+            options._timeout = how[0]
         make(self, store, rank, size, options)
 
     return make_on_same_devices

@@ -481,6 +481,15 @@ def _foreseen(flags: str, words: str, chunk_bytes: int) -> list[tuple[int, int]]
     return [(extra, ledger.peak - held) for (extra, held), ledger in zip(begun, ledgers, strict=True)]
 
 
+@pytest.mark.parametrize("flags", ["", "--bf16 "])
+def test_what_a_move_takes_in_between_is_foreseen(flags: str) -> None:
+    """On a GPU it decides whether there is room for it; packing may take less than a round has."""
+    chunk_bytes = 2**17
+    for seen in run_ranks(4, _foreseen, flags, "dp4 tp2,pp2 dp4,zero1 pp4 dp2,tp2,zero1", chunk_bytes):
+        for foreseen, taken in seen:
+            assert taken <= max(0, foreseen) <= taken + chunk_bytes
+
+
 def _decisions() -> list[bool]:
     """Of 100 bytes that a move takes: where rank 2 has 10 of them, and where all have more."""
     import torch
@@ -500,12 +509,3 @@ def _decisions() -> list[bool]:
 
 def test_all_ranks_go_through_host_memory_where_one_is_short() -> None:
     assert run_ranks(4, _decisions) == [[True, False]] * 4
-
-
-@pytest.mark.parametrize("flags", ["", "--bf16 "])
-def test_what_a_move_takes_in_between_is_foreseen(flags: str) -> None:
-    """On a GPU it decides whether there is room for it; packing may take less than a round has."""
-    chunk_bytes = 2**17
-    for seen in run_ranks(4, _foreseen, flags, "dp4 tp2,pp2 dp4,zero1 pp4 dp2,tp2,zero1", chunk_bytes):
-        for foreseen, taken in seen:
-            assert taken <= max(0, foreseen) <= taken + chunk_bytes

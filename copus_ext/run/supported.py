@@ -49,6 +49,10 @@ def check_supported(raw: argparse.Namespace) -> None:
             raise UserError(f"{flag} is not served by this program; use Megatron-LM's own entry point for it")
     if raw.num_experts and raw.add_bias_linear and raw.transformer_impl == "local":
         raise UserError("--num-experts with biases fails in Megatron's local layers; add --disable-bias-linear")
+    if raw.window_size and raw.context_parallel_size > 1 and raw.transformer_impl == "local":
+        raise UserError(
+            "--window-size with --context-parallel-size > 1 needs Transformer Engine; leave one of them out"
+        )
     if raw.no_copus:
         return
     for name, flag in _NOT_WITH_COPUS.items():

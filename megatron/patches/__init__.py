@@ -17,6 +17,7 @@ def all_patches() -> tuple[Patch, ...]:
         data_helpers,
         gloo_devices,
         layer_seeds,
+        local_context_parallel,
         process_groups,
         sequence_parallel_norm,
         training_hooks,
@@ -30,6 +31,7 @@ def all_patches() -> tuple[Patch, ...]:
         process_groups,
         layer_seeds,
         sequence_parallel_norm,
+        local_context_parallel,
         training_hooks,
     )
     return tuple(module.PATCH for module in modules)

@@ -84,13 +84,14 @@ def on_cpu(device: Any) -> Any:
     return _CPU if named or is_cuda or is_index else device
 
 
-def _redirect_device_argument(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` with its ``device=`` argument sent through :func:`on_cpu`."""
+def _redirect_arguments(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` with its ``device=`` argument sent through :func:`on_cpu`, and in memory that need not be pinned."""
 
     @functools.wraps(function)
     def redirected(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs:
             kwargs["device"] = on_cpu(kwargs["device"])
+        kwargs.pop("pin_memory", None)
         return function(*args, **kwargs)
 
     return redirected
@@ -100,7 +101,7 @@ def _redirect_factories() -> None:
     for name in _FACTORIES:
         factory = getattr(torch, name)
         if not isinstance(factory, type):  # torch.Generator is a class that others subclass and test against
-            setattr(torch, name, _redirect_device_argument(factory))
+            setattr(torch, name, _redirect_arguments(factory))
 
 
 def _redirect_tensors_and_modules() -> None:

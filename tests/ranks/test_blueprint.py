@@ -15,7 +15,7 @@ from copus_ext.core.reshard.transfer import Holding
 from tests.ranks.harness import run_ranks, skip_without_packages
 
 _BASE = Plan(Layout(dp=4), micro_batch=1, global_batch=8)
-_DENSE = "dp4 dp2,tp2 tp4 pp4 tp2,pp2 pp2,vpp2,dp2"
+_DENSE = "dp4 dp2,tp2 tp4 pp4 tp2,pp2 pp2,vpp2,dp2 cp2,tp2"
 _ZERO1 = " ".join(f"{words},zero1" for words in _DENSE.split())
 _GATED = "--swiglu --group-query-attention --num-query-groups 2 --disable-bias-linear "
 _EXPERTS = (
@@ -37,7 +37,7 @@ KINDS = {  # flags, plans
     ),
     "fp32-uncut-experts-in-buckets": (
         _EXPERTS + "--expert-tensor-parallel-size 1 --overlap-grad-reduce --ddp-num-buckets 5 ",
-        "ep2,dp4,zero1 ep2,pp2,dp2,zero1 ep4,tp2,dp2,sp,zero1 ep2,tp2,dp2,sp",
+        "ep2,dp4,zero1 ep2,pp2,dp2,zero1 ep4,tp2,dp2,sp,zero1 ep2,tp2,dp2,sp ep4,cp2,dp2,zero1",
     ),
     "fp16-sgd": ("--fp16 --optimizer sgd ", "tp2,pp2 dp4"),
     "bf16-muon-experts": ("--optimizer muon --bf16 " + _EXPERTS, "dp4 ep4,dp4 ep2,pp2,dp2 tp2,pp2 ep2,tp2,dp2,sp"),

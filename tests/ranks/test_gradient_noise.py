@@ -24,6 +24,12 @@ LAYOUTS = {
     "pp4": Layout(pp=4),
     "vpp2": Layout(dp=2, pp=2, vpp=2),
 }
+CONTEXT_PARALLEL = [
+    Layout(dp=2, cp=2),
+    Layout(cp=4),
+    Layout(cp=2, pp=2, distributed_optimizer=True),
+    Layout(cp=2, tp=2, sequence_parallel=True),
+]
 LLAMA = (
     "--untie-embeddings-and-output-weights --swiglu --group-query-attention --num-query-groups 4 "
     "--normalization RMSNorm --disable-bias-linear "
@@ -188,14 +194,26 @@ def test_experts_have_groups_of_their_own(zero1: bool) -> None:
     layouts = [Layout(dp=4, ep=2), Layout(dp=2, pp=2, ep=2), Layout(dp=2, tp=2, ep=2, sequence_parallel=True)]
     layouts = [replace(layout, distributed_optimizer=zero1) for layout in layouts]
     for layout, pair in zip(layouts, seen_by_all(EXPERTS, layouts, 1, "slices"), strict=True):
-        plan = Plan(layout, 1, BATCH)
-        window = plan.num_microbatches // grouping_of(StepShape.of(plan), "slices").slices
-        rank = [s % layout.dp for s in range(BATCH)]
-        number = [s // layout.dp // window for s in range(BATCH)]
-        dense = of_groups(gradients[:, ~is_expert], list(zip(rank, number, strict=True)))
-        shared = [r // layout.ep for r in rank]  # experts lie over neighbouring data-parallel ranks
-        experts = of_groups(gradients[:, is_expert], list(zip(shared, number, strict=True)))
-        assert pair == pytest.approx(np.add(dense, experts), rel=1e-3), str(layout)
+        assert pair == pytest.approx(dense_and_experts(gradients, is_expert, layout), rel=1e-3), str(layout)
+
+
+def dense_and_experts(gradients: Any, is_expert: Any, layout: Layout) -> Any:
+    """N and S of the groups of dense layers and those of the experts."""
+    dense = of_groups(gradients[:, ~is_expert], owners(layout))
+    return np.add(dense, of_groups(gradients[:, is_expert], owners_of_experts(layout)))
+
+
+def owners(layout: Layout) -> list[tuple[int, int]]:
+    """The group of each sequence of a batch: its data-parallel rank, and its slice."""
+    plan = Plan(layout, 1, BATCH)
+    window = plan.num_microbatches // grouping_of(StepShape.of(plan), "slices").slices
+    return [(s % layout.dp, s // layout.dp // window) for s in range(BATCH)]
+
+
+def owners_of_experts(layout: Layout) -> list[tuple[int, int]]:
+    """The same for experts, which lie over neighbouring ranks, first of context, then of data parallelism."""
+    together = max(1, layout.ep // layout.cp)
+    return [(rank // together, number) for rank, number in owners(layout)]
 
 
 def test_data_parallel_groups_of_experts() -> None:

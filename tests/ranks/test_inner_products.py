@@ -14,16 +14,19 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from copus_ext.core.noise.grouping import StepShape, grouping_of, with_inner_products
+from copus_ext.core.noise.grouping import with_inner_products
 from copus_ext.core.plan import Layout, Plan
 from tests.ranks.harness import run_ranks
 from tests.ranks.test_gradient_noise import (
     BATCH,
+    CONTEXT_PARALLEL,
     EXPERTS,
     LAYOUTS,
     LLAMA,
     STILL,
-    expected_step,
+    dense_and_experts,
+    expert_positions,
+    owners_of_experts,
     per_sequence_gradients,
 )
 
@@ -72,9 +75,7 @@ def _in_one_row(tensor: Any) -> Any:
 
 def variance_of_groups(gradients: Any, layout: Layout) -> float:
     """P of the step's groups: b / (n - 1) sum_j (<x_j, x> - |x|^2)^2, experts' groups being those of all."""
-    plan = Plan(layout, 1, BATCH)
-    window = plan.num_microbatches // grouping_of(StepShape.of(plan), "sketch").slices
-    owner = [(s % layout.dp // layout.ep, s // layout.dp // window) for s in range(BATCH)]
+    owner = owners_of_experts(layout)
     means = np.array([gradients[[o == group for o in owner]].mean(axis=0) for group in sorted(set(owner))])
     whole = gradients.mean(axis=0)
     return float(BATCH / len(means) / (len(means) - 1) * ((means @ whole - whole @ whole) ** 2).sum())
@@ -85,25 +86,28 @@ def variance_of_groups(gradients: Any, layout: Layout) -> float:
     [
         ("", [*FOUR, SEQUENCE_PARALLEL]),
         (LLAMA, [*FOUR, SEQUENCE_PARALLEL]),
+        ("", CONTEXT_PARALLEL),
+        (LLAMA + "--calculate-per-token-loss ", CONTEXT_PARALLEL),
         (
             "--overlap-grad-reduce --calculate-per-token-loss",
             [replace(LAYOUTS[name], distributed_optimizer=True) for name in ("dp4", "dp2")],
         ),
         ("--fp16 --initial-loss-scale 1024 --loss-scale-window 1", [LAYOUTS["dp2"]]),
         (EXPERTS, [Layout(dp=4, ep=2), Layout(dp=2, pp=2, ep=2), Layout(dp=2, tp=2, ep=2, sequence_parallel=True)]),
+        (EXPERTS, [Layout(dp=2, cp=2, ep=2), Layout(cp=4, ep=4), Layout(dp=2, cp=2, ep=4, distributed_optimizer=True)]),
     ],
-    ids=["tied", "untied", "overlap, per token", "fp16", "experts"],
+    ids=["tied", "untied", "cp, tied", "cp, untied, per token", "overlap, per token", "fp16", "experts", "cp, experts"],
 )
 def test_every_gradient_counts_once_in_every_layout(flags: str, layouts: list[Layout]) -> None:
-    gradients = per_sequence_gradients("" if "--fp16" in flags or "--overlap" in flags else flags)
+    model = LLAMA if LLAMA in flags else EXPERTS if flags == EXPERTS else ""
+    gradients, is_expert = per_sequence_gradients(model), run_ranks(1, expert_positions, model)[0]
     everyone = run_ranks(4, measured, flags, layouts, 1, True)
     tolerance = 5e-2 if "16" in flags else 1e-3
     for number, layout in enumerate(layouts):
         found = np.array([rank[number][-1] for rank in everyone])
         assert np.allclose(found, found[0], rtol=1e-6, atol=0), f"{layout}: ranks disagree"
         assert found[0, 2] == pytest.approx(variance_of_groups(gradients, layout), rel=tolerance), str(layout)
-        if layout.ep == 1:
-            assert found[0, :2] == pytest.approx(expected_step(gradients, layout, 1, "sketch"), rel=tolerance)
+        assert found[0, :2] == pytest.approx(dense_and_experts(gradients, is_expert, layout), rel=tolerance)
 
 
 @pytest.mark.parametrize("flags", ["", LLAMA], ids=["tied", "untied"])
@@ -121,42 +125,6 @@ def test_sketches_leave_it_unbiased(flags: str) -> None:
 def test_a_step_whose_gradient_is_not_finite_has_none() -> None:
     found = run_ranks(2, measured, "--fp16 --initial-loss-scale 1e30", [Layout(dp=2)], 1, False)
     assert np.isnan(found[0][0]).all()
-
-
-def parts_on_context_parallel_ranks() -> Any:
-    """Products and squares over 2 data-parallel x 2 context-parallel ranks that hold parts of each group's features."""
-    from types import SimpleNamespace
-
-    import torch
-    import torch.distributed as dist
-
-    from copus_ext.adapters.noise.inner_products import DRAWS, InnerProducts
-    from copus_ext.adapters.noise.parameters import Kind
-    from copus_ext.adapters.noise.sums import ORDER
-
-    rank = dist.get_rank()
-
-    def group_of(lists: list[list[int]]) -> Any:
-        return next(group for ranks, group in [(r, dist.new_group(r)) for r in lists] if rank in ranks)
-
-    cp, dp = group_of([[0, 1], [2, 3]]), group_of([[0, 2], [1, 3]])
-    one, world = group_of([[0], [1], [2], [3]]), group_of([[0, 1, 2, 3]])
-    groups: Any = SimpleNamespace(cp=cp, dp=dp, dp_cp=world, expt_dp=world, ep=one, tp=one, embd=one)
-    sums = InnerProducts({kind: slice(3, 3) for kind in ORDER} | {Kind.OWN: slice(0, 3)}, groups)
-    features = torch.arange(12.0).reshape(2, 2, 3)[rank // 2]  # [dp][slices, length]
-    sums.add(features.repeat_interleave(DRAWS, 0) * (0.25 if rank % 2 else 0.75))
-    squares, products = sums.reduce()
-    assert products is not None
-    return squares.numpy(), products.numpy()
-
-
-def test_parts_on_context_parallel_ranks_are_added_up_first() -> None:
-    features = np.arange(12.0).reshape(4, 3)
-    total = features.sum(axis=0)
-    for squares, products in run_ranks(4, parts_on_context_parallel_ranks):
-        assert squares[0] == pytest.approx(np.array([[(features**2).sum(), total @ total], [0.0, 0.0]]))
-        for draw in products[0]:
-            assert sorted(draw) == pytest.approx(sorted(features @ total))
 
 
 def test_exact_norms_and_norm_layers_are_refused() -> None:

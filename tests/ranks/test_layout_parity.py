@@ -21,6 +21,13 @@ LAYOUTS = (
     Layout(tp=2, pp=2),
     Layout(dp=2, pp=2, vpp=2),
 )
+CONTEXT_PARALLEL = (
+    Layout(dp=4),
+    Layout(dp=2, cp=2),
+    Layout(cp=4),
+    Layout(cp=2, tp=2, sequence_parallel=True),
+    Layout(cp=2, pp=2, distributed_optimizer=True),
+)
 MODERN = "--swiglu --group-query-attention --num-query-groups 4 --normalization RMSNorm --disable-bias-linear "
 EXPERTS = (
     "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-token-dispatcher-type allgather "
@@ -54,8 +61,11 @@ def seen_on_the_last_rank(flags: str, layout: Layout) -> list[float]:
         ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", LAYOUTS[1::3], 1e-5),
         ("--bf16", LAYOUTS[::2], 2e-2),
         (EXPERTS, (Layout(dp=4), Layout(dp=4, ep=2), Layout(dp=4, ep=4), Layout(dp=2, pp=2, ep=2)), 1e-5),
+        ("--position-embedding-type learned_absolute ", CONTEXT_PARALLEL, 1e-5),
+        (MODERN, CONTEXT_PARALLEL, 1e-5),
+        (EXPERTS, (Layout(dp=4), Layout(dp=2, cp=2, ep=2), Layout(cp=4, ep=4), CONTEXT_PARALLEL[3]), 1e-5),
     ],
-    ids=["gpt", "llama-like", "recompute", "bf16", "experts"],
+    ids=["gpt", "llama-like", "recompute", "bf16", "experts", "cp", "cp-llama-like", "cp-experts"],
 )
 def test_every_layout_trains_the_same_model(flags: str, layouts: tuple[Layout, ...], tolerance: float) -> None:
     first = seen_on_the_last_rank(flags, layouts[0])

@@ -11,10 +11,14 @@ from copus_ext.core.plan import Layout, Plan
 from tests.ranks.harness import run_ranks
 from tests.ranks.test_gradient_noise import (
     BATCH,
+    CONTEXT_PARALLEL,
     EXPERTS,
     LAYOUTS,
     LLAMA,
+    dense_and_experts,
+    expert_positions,
     of_groups,
+    owners,
     per_sequence_gradients,
     seen_by_all,
 )
@@ -84,22 +88,23 @@ def test_a_sketch_is_unbiased_over_five_hundred_seeds() -> None:
         ("--overlap-grad-reduce --calculate-per-token-loss", [Layout(dp=2, pp=2), Layout(dp=4)]),
         ("--bf16 --accumulate-allreduce-grads-in-fp32", [Layout(dp=2, pp=2)]),
         (EXPERTS, [Layout(dp=4, ep=2), Layout(dp=4, ep=4), Layout(dp=2, pp=2, ep=2)]),
+        (EXPERTS, [Layout(dp=2, cp=2, ep=2), Layout(cp=4, ep=4), Layout(dp=2, cp=2, ep=4)]),
     ],
-    ids=["gpt", "llama", "overlap, per token", "bf16", "experts"],
+    ids=["gpt", "llama", "overlap, per token", "bf16", "experts", "cp, experts"],
 )
-def test_sketches_agree_with_exact_norms_in_every_layout(flags: str, layouts: list[Layout]) -> None:
-    exact = seen_by_all(flags, layouts, 1, "slices")
+def test_sketches_agree_with_gradients_of_single_sequences_in_every_layout(flags: str, layouts: list[Layout]) -> None:
+    gradients, is_expert = per_sequence_gradients(flags), run_ranks(1, expert_positions, flags)[0]
     everyone = run_ranks(4, over_seeds, flags, layouts, "sketch", 4, 12, 0)
     for number, layout in enumerate(layouts):
         for rank in everyone[1:]:
             assert np.allclose(rank[number], everyone[0][number], rtol=1e-5), f"{layout}: ranks disagree"
-        assert_scatters_about(everyone[0][number], exact[number], most=0.05)
+        assert_scatters_about(everyone[0][number], dense_and_experts(gradients, is_expert, layout), most=0.05)
 
 
 @pytest.mark.parametrize(
     ("flags", "layouts"),
     [
-        ("", [*LAYOUTS.values(), Layout(dp=2, tp=2, sequence_parallel=True)]),
+        ("", [*LAYOUTS.values(), Layout(dp=2, tp=2, sequence_parallel=True), *CONTEXT_PARALLEL]),
         (LLAMA + "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", [Layout(dp=4)]),
         ("--normalization RMSNorm --qk-layernorm --calculate-per-token-loss ", [Layout(tp=2, pp=2), Layout(dp=4)]),
     ],
@@ -167,42 +172,8 @@ def preconditioned_gradients(flags: str) -> Any:
 def test_adam_measures_the_preconditioned_gradient_in_every_layout() -> None:
     gradients = run_ranks(1, preconditioned_gradients, "")[0]
     layouts = [Layout(dp=4), Layout(dp=4, distributed_optimizer=True), Layout(dp=2, tp=2, distributed_optimizer=True)]
+    layouts += CONTEXT_PARALLEL
     found = run_ranks(4, over_seeds, "", layouts, "adam", 4, 12, WARM_UP)[0]
     for layout, draws in zip(layouts, found, strict=True):
-        window = BATCH // layout.dp // (4 // layout.dp)
-        owner = [(s % layout.dp, s // layout.dp // window) for s in range(BATCH)]
         # Second moments move on by a thousandth with each of the still steps.
-        assert_scatters_about(draws, of_groups(gradients, owner), most=0.05)
-
-
-def cp_sums() -> Any:
-    """Square sums over 2 data-parallel x 2 context-parallel ranks that hold halves of each group's features."""
-    from types import SimpleNamespace
-
-    import torch
-    import torch.distributed as dist
-
-    from copus_ext.adapters.noise.parameters import Kind
-    from copus_ext.adapters.noise.sums import ORDER, FeatureSums
-
-    rank = dist.get_rank()
-
-    def group_of(lists: list[list[int]]) -> Any:
-        return next(group for ranks, group in [(r, dist.new_group(r)) for r in lists] if rank in ranks)
-
-    cp, dp = group_of([[0, 1], [2, 3]]), group_of([[0, 2], [1, 3]])
-    one, world = group_of([[0], [1], [2], [3]]), group_of([[0, 1, 2, 3]])
-    groups: Any = SimpleNamespace(cp=cp, dp=dp, dp_cp=world, expt_dp=world, tp=one, embd=one)
-    spans = {kind: slice(3, 3) for kind in ORDER} | {Kind.OWN: slice(0, 3)}
-    features = torch.arange(12.0).reshape(2, 2, 3)[rank // 2]  # [dp][slices, length]
-    sums = FeatureSums(spans, groups)
-    sums.add(features * (0.25 if rank % 2 else 0.75))
-    return sums.reduce().squares.tolist()
-
-
-def test_parts_on_context_parallel_ranks_are_added_up_first() -> None:
-    features = np.arange(12.0).reshape(4, 3)
-    expected = [float((features**2).sum()), float((features.sum(0) ** 2).sum())]
-    for found in run_ranks(4, cp_sums):
-        assert found[0][0] == pytest.approx(expected)
-        assert found[0][1] == [0.0, 0.0]
+        assert_scatters_about(draws, of_groups(gradients, owners(layout)), most=0.05)

@@ -30,6 +30,7 @@ _JOBS = {  # flags, and layouts to rehearse under them
         "dp4,zero1 pp2,vpp2,dp2,zero1",
     ),
     "experts": (_EXPERTS, "ep2,dp4 tp2,pp2,sp"),
+    "context": ("", "cp2,dp2,zero1 tp2,cp2,sp"),
 }
 _OVERRIDES = {"padded_vocab_size": 128}
 _FAILURES = (("tp2,pp2", 2, True), ("pp2,dp2,mbs2", 3, False), ("mbs2", 1, False))  # a plan, who fails, in what pass

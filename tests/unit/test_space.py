@@ -150,7 +150,7 @@ def test_groups_by_estimator(shape: StepShape, estimator: str, slices: int, dens
     [
         (StepShape(dp=1, edp=1, cp=1, ep=1, micro_batch=1, num_microbatches=4), "dp-groups", "two data-parallel ranks"),
         (StepShape(dp=4, edp=8, cp=2, ep=1, micro_batch=1, num_microbatches=4), "slices", "context-parallel"),
-        (StepShape(dp=4, edp=4, cp=2, ep=2, micro_batch=1, num_microbatches=4), "auto", "context-parallel"),
+        (StepShape(dp=4, edp=8, cp=4, ep=2, micro_batch=1, num_microbatches=4), "auto", "context-parallel"),
         (StepShape(dp=4, edp=1, cp=1, ep=4, micro_batch=1, num_microbatches=1), "auto", "every expert sees one group"),
         (StepShape(dp=1, edp=1, cp=1, ep=1, micro_batch=4, num_microbatches=1), "auto", "one micro-batch"),
     ],

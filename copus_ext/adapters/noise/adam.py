@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from copus_ext.adapters.noise.parameters import Counted, Kind
+from copus_ext.adapters.noise.parameters import IN_PARTS, Counted, Kind
+from copus_ext.adapters.noise.parts import ranks_with_parts
 from copus_ext.adapters.optimizer_shards import optimizer_shards
 
 _STEPS_BETWEEN_REFRESHES = 16
@@ -59,8 +60,15 @@ class AdamFactors:
         return bool(self._optimizer.config.use_distributed_optimizer)
 
     def _root_mean_square(self) -> float:
+        """Over the model: what several ranks hold counts once, so that it is the same in every layout."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.factors[0].device)
-        for factor in self.factors:
-            sums += torch.stack([factor.sum(dtype=torch.float64), sums.new_tensor(factor.numel())])
+        for factor, (_, kind) in zip(self.factors, self._counted, strict=True):
+            both = torch.stack([factor.sum(dtype=torch.float64), sums.new_tensor(factor.numel())])
+            sums += both / self._holders(kind)
         dist.all_reduce(sums)
         return float((sums[0] / sums[1]).sqrt())
+
+    def _holders(self, kind: Kind) -> int:
+        """How many ranks hold the second moments that this one has of a parameter of this kind."""
+        replicas: int = (self._groups.expt_dp if kind is Kind.EXPERT else self._groups.dp_cp).size()
+        return replicas * (ranks_with_parts(kind, self._groups).size() if kind in IN_PARTS else 1)

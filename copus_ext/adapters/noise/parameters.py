@@ -23,7 +23,7 @@ class Kind(Enum):
     DUPLICATE = "duplicate"  # counted on another tensor-parallel rank
 
 
-WHOLE = (Kind.OWN, Kind.EXPERT)
+WHOLE = (Kind.EXPERT, Kind.OWN)
 IN_PARTS = (Kind.SUM_OVER_TP, Kind.MEAN_OVER_TP, Kind.TIED)
 
 

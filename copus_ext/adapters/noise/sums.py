@@ -1,7 +1,7 @@
 """Square sums of linear features of gradients, over all ranks.
 
 A feature is linear in the gradient, so parts that lie on several ranks (tied embeddings, norms under sequence
-parallelism, everything under context parallelism) are added up as features, which are small, and squared then.
+parallelism, all but experts under context parallelism) are added up as features, which are small, and squared then.
 """
 
 from __future__ import annotations
@@ -51,13 +51,16 @@ class FeatureRanks:
     def __init__(self, spans: Mapping[Kind, slice], groups: ProcessGroupCollection) -> None:
         """``spans``: where each kind lies in a feature vector, one behind the other in :data:`ORDER`."""
         self._spans, self._groups = spans, groups
-        self.whole = 0 if groups.cp.size() > 1 else spans[Kind.EXPERT].stop  # so many from the front are no parts
+        # So many from the front are no parts. Experts never are: all context-parallel ranks of a group feed the same.
+        self.whole = spans[Kind.EXPERT if groups.cp.size() > 1 else Kind.OWN].stop
         self._counted = self._kinds_counted_here()
 
     def add_up(self, parts: torch.Tensor) -> None:
         """Replace in [..., length - whole] what several ranks hold parts of by its sum or mean. Collective."""
         if self._groups.cp.size() > 1:
-            dist.all_reduce(parts, group=self._groups.cp)
+            added_up = parts.contiguous()  # gloo takes what is not for what is, and says nothing
+            dist.all_reduce(added_up, group=self._groups.cp)
+            parts.copy_(added_up)
         for kind in IN_PARTS:
             span = self._spans[kind]
             if span.stop > span.start:
@@ -98,7 +101,7 @@ class FeatureRanks:
         """What several ranks hold counts on the first of them."""
         groups, kinds = self._groups, [Kind.OWN, Kind.EXPERT]
         if groups.cp.rank() > 0:
-            return []
+            return [Kind.EXPERT]
         if groups.tp.rank() == 0:
             kinds += [Kind.SUM_OVER_TP, Kind.MEAN_OVER_TP]
         tied = self._spans[Kind.TIED]

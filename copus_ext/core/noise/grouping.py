@@ -82,8 +82,8 @@ def why_unmeasurable(shape: StepShape, estimator: str = AUTO) -> str | None:
     grouping = grouping_of(shape, estimator)
     if shape.cp > 1 and grouping.estimator in (DP_GROUPS, SLICES):
         return _because(f"context-parallel ranks hold parts of a group's gradient, which {estimator} can't add up")
-    if shape.cp > 1 and shape.ep > 1:
-        return _because("context-parallel ranks of one group feed several experts' groups")
+    if shape.ep > 1 and shape.ep % shape.cp:
+        return _because("context-parallel ranks of one group feed several replicas of an expert")
     if grouping.dense_groups < 2:
         if grouping.estimator == DP_GROUPS and shape.num_microbatches > 1:
             return _because("dp-groups needs two data-parallel ranks; slices and sketch do with one")

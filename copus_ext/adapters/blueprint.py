@@ -17,12 +17,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from copus_ext.adapters.job_state import (
     PlacedTensor,
     UnsupportedReshard,
+    is_layer_wise,
     placed_tensors,
     shards_of,
     state_of,
     uncovered,
 )
-from copus_ext.adapters.meta_model import META, Chunk, build_on_meta, optimizer_on_meta
+from copus_ext.adapters.meta_model import META, Chunk, WholeLayers, build_on_meta, optimizer_on_meta
 from copus_ext.adapters.optimizer_shards import Shard
 from copus_ext.adapters.stand_in import Seat, in_place_of
 from copus_ext.core.plan import Plan
@@ -61,8 +62,12 @@ def _holdings_of_stage(seat: Seat, args: argparse.Namespace, with_moments: bool)
     """By rank, for all in the pipeline stage of ``seat``. They have the same tensors, in other places."""
     chunks = build_on_meta(args, seat.groups)
     model = [chunk.module for chunk in chunks]
-    whole = shards_of(optimizer_on_meta(chunks, args, seat.groups))
-    shards = _sharded(whole, chunks, seat.groups) if args.use_distributed_optimizer else _unsharded(whole)
+    optimizer = optimizer_on_meta(chunks, args, seat.groups)
+    whole = shards_of(optimizer)
+    if args.use_distributed_optimizer:
+        shards = _sharded(whole, chunks, seat.groups)
+    else:
+        shards = _in_layers(_unsharded(whole), optimizer) if is_layer_wise(args) else _unsharded(whole)
     found: dict[int, list[Holding]] = {}
     for rank in seat.groups.tp_dp_cp.ranks:
         if rank not in found:
@@ -103,6 +108,17 @@ def _unsharded(whole: Mapping[int, Shard]) -> _Shards:
     """Every rank keeps all: an fp32 copy of what is in half precision."""
     kept = {parameter: shard._replace(main=shard.main.detach().float()) for parameter, shard in whole.items()}
     return _Shards([kept], [{}])
+
+
+def _in_layers(shards: _Shards, optimizer: WholeLayers) -> _Shards:
+    """Every parameter is one rank's of the group."""
+    (kept,) = shards.dense
+    given = [optimizer.dp_cp_params_list, optimizer.expt_dp_params_list]
+    dense, expert = ([{id(p): kept[id(p)] for p in parameters} for parameters in one or []] for one in given)
+    owned = {parameter for place in (*dense, *expert) for parameter in place}
+    # Upstream makes no list for a group of one rank.
+    alone = [{parameter: shard for parameter, shard in kept.items() if parameter not in owned}]
+    return _Shards(dense or alone, expert or (alone if dense else [{}]))
 
 
 def _sharded(whole: Mapping[int, Shard], chunks: list[Chunk], groups: ProcessGroupCollection) -> _Shards:

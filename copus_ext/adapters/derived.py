@@ -10,6 +10,7 @@ from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
 from copus_ext.adapters.agreement import largest
 from copus_ext.adapters.job import Job
+from copus_ext.adapters.job_state import is_layer_wise
 from copus_ext.adapters.optimizer_shards import inner_optimizers
 from copus_ext.adapters.wire import MemoryWire, Parcel, ReadFailed, Wire
 from copus_ext.adapters.world import whole_world
@@ -29,6 +30,8 @@ def derive_weights(job: Job, wire: Wire | None = None) -> bool:
         return True
     for wrapper in inner_optimizers(job.optimizer):
         wrapper._copy_main_params_to_model_params()
+    if is_layer_wise(args) and job.has_part:
+        job.optimizer.allgather_params()
     if not args.use_distributed_optimizer:
         return True
     memory = wire if isinstance(wire, MemoryWire) and not args.overlap_param_gather else None

@@ -100,14 +100,25 @@ def uncovered(args: argparse.Namespace) -> str | None:
         return f"a job with --cuda-graph-impl {args.cuda_graph_impl} cannot be moved between layouts yet"
     if args.optimizer not in _COVERED:
         return f"the state of --optimizer {args.optimizer} cannot be moved between layouts yet"
-    # Validation puts the second in place of the first where upstream gives whole matrices to ranks, not even shares.
-    distributed = args.use_distributed_optimizer or getattr(args, "use_layer_wise_distributed_optimizer", False)
-    if distributed and args.optimizer not in ("adam", "sgd"):
-        return (
-            f"the state of --optimizer {args.optimizer} with --use-distributed-optimizer "
-            "cannot be moved between layouts yet"
-        )
+    if is_layer_wise(args):
+        if not args.bf16:
+            return f"--optimizer {args.optimizer} with --use-distributed-optimizer needs --bf16 in megatron-core 0.19.2"
+        if args.overlap_param_gather:
+            return (
+                f"the state of --optimizer {args.optimizer} with --overlap-param-gather "
+                "cannot be moved between layouts yet"
+            )
     return None
+
+
+def is_layer_wise(args: argparse.Namespace) -> bool:
+    """Whether upstream's optimizer gives whole tensors to ranks, and not even shares of a buffer.
+
+    Validation puts an argument of its own in place of ``use_distributed_optimizer``.
+    """
+    if args.optimizer in ("adam", "sgd"):
+        return False
+    return bool(args.use_distributed_optimizer or getattr(args, "use_layer_wise_distributed_optimizer", False))
 
 
 def job_state(job: Job, *, with_moments: bool) -> JobState:

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core import optimizer as upstream
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
+from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.models import dist_utils
@@ -39,6 +41,26 @@ class Chunk:
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """By the names that they have in DDP."""
         yield from self.module.named_parameters(prefix="module")
+
+
+class WholeLayers(LayerWiseDistributedOptimizer):
+    """In the layer-wise optimizer's place: what it makes of all parameters, and the lists of what it gives to whom.
+
+    ``dp_cp_params_list``, ``expt_dp_params_list``: by place in the group; ``None`` where the group has one rank.
+    """
+
+    def __init__(  # not upstream's, which goes on with the parameters of one rank
+        self, optimizers: Sequence[Any], config: Any, pg_collection: Any, init_state_fn_list: Sequence[Any], **_: Any
+    ) -> None:
+        self.dp_cp, self.expt_dp = pg_collection.dp_cp, pg_collection.expt_dp
+        everything = [(group, group["params"]) for one in optimizers for group in one.param_groups]
+        self.shard_params(optimizers)
+        for group, parameters in everything:
+            group["params"] = parameters
+        self.chained_optimizers = [
+            FP32Optimizer(one, config, initialise)
+            for one, initialise in zip(optimizers, init_state_fn_list, strict=True)
+        ]
 
 
 def build_on_meta(args: argparse.Namespace, groups: ProcessGroupCollection) -> list[Chunk]:
@@ -73,6 +95,8 @@ def build_on_meta(args: argparse.Namespace, groups: ProcessGroupCollection) -> l
 def optimizer_on_meta(chunks: list[Chunk], args: argparse.Namespace, groups: ProcessGroupCollection) -> Any:
     """The optimizer by upstream's builder, for the parameters as they are: no fp32 copies, and nothing sharded.
 
+    A layer-wise one is a :class:`WholeLayers`.
+
     Args:
         chunks: from ``build_on_meta``.
         args: upstream's validated arguments.
@@ -81,8 +105,11 @@ def optimizer_on_meta(chunks: list[Chunk], args: argparse.Namespace, groups: Pro
     in_fp32 = dict.fromkeys(("bf16", "fp16", "use_distributed_optimizer"), False)
     config, overrides = get_megatron_optimizer_config(argparse.Namespace(**{**vars(args), **in_fp32}))
     # What other ranks would say only adds groups without parameters.
-    with replaced(torch.distributed, all_gather_object=_hear_oneself):
-        return get_megatron_optimizer(
+    with (
+        replaced(torch.distributed, all_gather_object=_hear_oneself),
+        replaced(upstream, LayerWiseDistributedOptimizer=WholeLayers),
+    ):
+        return upstream.get_megatron_optimizer(
             config, chunks, config_overrides=overrides, use_gloo_process_groups=False, pg_collection=groups
         )
 

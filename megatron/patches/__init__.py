@@ -17,6 +17,7 @@ def all_patches() -> tuple[Patch, ...]:
         data_helpers,
         gloo_devices,
         layer_seeds,
+        layer_wise_gather,
         local_context_parallel,
         process_groups,
         sequence_parallel_norm,
@@ -32,6 +33,7 @@ def all_patches() -> tuple[Patch, ...]:
         layer_seeds,
         sequence_parallel_norm,
         local_context_parallel,
+        layer_wise_gather,
         training_hooks,
     )
     return tuple(module.PATCH for module in modules)

@@ -9,7 +9,7 @@ import pytest
 
 from copus_ext.core.plan import Layout, Plan, parse_plan
 from tests.ranks.faults import damage, no_memory, no_memory_behind
-from tests.ranks.harness import run_ranks
+from tests.ranks.harness import run_ranks, skip_without_packages
 from tests.ranks.moving import equal, is_hollow, moved, on_this_rank, seeded, start
 
 _WORLD = 4
@@ -67,9 +67,14 @@ def _walk(flags: str, words: str) -> dict[str, Any]:
         ("", "4:dp4 2:tp2 4:pp4 1:dp1 2:dp2,zero1 4:dp4"),
         (_GATED + "--bf16 ", "2:dp2,zero1 4:tp2,pp2 3:dp3,zero1 1:dp1 4:dp4,zero1 2:dp2,zero1"),
         ("--fp16 --initial-loss-scale 1024 --loss-scale-window 2 ", "2:dp2 4:tp4 2:dp2"),
+        (
+            "--optimizer muon --muon-tp-mode duplicated --bf16 " + _GATED,
+            "2:dp2,zero1 4:tp2,dp2,zero1 1:dp1 3:dp3,zero1 2:dp2,zero1",
+        ),
     ],
 )
 def test_a_walk_over_fewer_and_more_ranks_keeps_every_bit(flags: str, words: str) -> None:
+    skip_without_packages(flags)
     plans = [_plan(word) for word in words.split()]
     for rank, result in enumerate(run_ranks(_WORLD, _walk, flags, words)):
         assert all(result["kept"])

@@ -72,6 +72,13 @@ WALKS = {
     "fp32-sgd": Walk("--optimizer sgd ", "dp4 tp2,pp2 pp2,dp2 tp4 dp4"),
     "fp32-muon": Walk(_MUON + _GATED, "dp4 tp2,dp2 pp4 tp2,pp2 pp2,vpp2,dp2 tp4 dp4"),
     "bf16-muon-experts": Walk(_MUON + _EXPERTS + "--bf16 ", "dp4 ep2,dp4 pp2,dp2,ep2 ep4,dp4 pp4 dp4"),
+    "bf16-muon-in-layers": Walk(
+        _MUON + _GATED + "--bf16 ",
+        "dp4,zero1 tp2,dp2 pp2,dp2,zero1 tp4 tp2,dp2,zero1 dp4 cp2,dp2,zero1 pp4,zero1 dp4,zero1",
+    ),
+    "bf16-muon-experts-in-layers": Walk(
+        _MUON + _EXPERTS + "--bf16 ", "ep2,dp4,zero1 dp4 ep4,dp4,zero1 pp2,dp2,ep2,zero1 ep2,dp4,zero1"
+    ),
     "fp32-lion": Walk("--optimizer lion ", "dp4 tp2,pp2 dp4"),
 }
 
@@ -252,9 +259,17 @@ def _refusals(module: Any, old: Any, new: Any) -> list[str]:
 
     memory = module.JobMemory
     said = []
-    layer_wise = {"optimizer": "muon", "use_layer_wise_distributed_optimizer": True}
+    layer_wise = {"optimizer": "muon", "use_layer_wise_distributed_optimizer": True}  # in fp32
     offloaded = {"optimizer_cpu_offload": True}
-    for changes in ({"bf16": True}, {"padded_vocab_size": 64}, offloaded, layer_wise, {"optimizer": "soap"}):
+    overlapped = {"bf16": True, "overlap_param_gather": True, **layer_wise}
+    for changes in (
+        {"bf16": True},
+        {"padded_vocab_size": 64},
+        offloaded,
+        layer_wise,
+        overlapped,
+        {"optimizer": "soap"},
+    ):
         with mock.patch.multiple(new.args, **changes), pytest.raises(module.UnsupportedReshard) as refusal:
             module.reshard(old, new)
         said.append(str(refusal.value))
@@ -296,9 +311,11 @@ def test_edges_of_a_reshard() -> None:
     for result in results:
         assert result["fresh"]
         assert result["planned"] == [1, 2, 2, 2]
-        assert [said.split()[0] for said in result["refusals"]] == ["bf16", "padded_vocab_size", *["the"] * 3, "rank"]
-        assert "--optimizer muon with --use-distributed-optimizer" in result["refusals"][3]
-        assert "--optimizer soap" in result["refusals"][4]
+        first_words = " ".join(said.split()[0] for said in result["refusals"])
+        assert first_words == "bf16 padded_vocab_size the --optimizer the the rank"
+        assert "--optimizer muon with --use-distributed-optimizer needs --bf16" in result["refusals"][3]
+        assert "--optimizer muon with --overlap-param-gather" in result["refusals"][4]
+        assert "--optimizer soap" in result["refusals"][5]
         assert "rank 2: a strange tensor" in result["refusals"][-1]
         drawn = result["random"]
         assert drawn["restored"] == drawn["same layout"] == drawn["first"] != drawn["next"]

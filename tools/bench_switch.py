@@ -28,8 +28,7 @@ from copus_ext.bench.switch_summary import Restarted, Switched, summarise
 
 _RANKS = 4
 _QUICK_KINDS = ("adam-fp32", "adam-bf16-zero1")
-_RESTARTED_KIND = "adam-fp32"
-_RESTARTED = ("dp4", "dp1,pp4", "dp1,tp4")  # the layouts that are left by a restart as well
+_RESTARTED_KIND = "adam-fp32"  # each of whose switches is done by a restart as well
 _RANK_FLAG = "--as-rank"
 
 
@@ -111,8 +110,8 @@ def _measure(flags: argparse.Namespace) -> dict[str, Any]:
     switches, larger, checkpoints = [], [], []
     with folder_in_memory() as memory:
         for walk in _walks(flags):
-            restarted = _RESTARTED if walk.kind.name == _RESTARTED_KIND else ()
-            found, saved = measure(bench, walk, Effort(flags.laps, flags.transports, memory, disk, restarted))
+            restarted = disk if walk.kind.name == _RESTARTED_KIND else None
+            found, saved = measure(bench, walk, Effort(flags.laps, flags.transports, memory, restarted))
             switches += [one.to_json() for one in found]
             checkpoints += [asdict(one) for one in saved]
         for name in flags.sizes:

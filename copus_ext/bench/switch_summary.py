@@ -123,7 +123,8 @@ def summarise(switches: Sequence[Switched], restarts: Sequence[Restarted]) -> di
     """All timed switches count, with those that go somewhere for the first time.
 
     Without a checkpoint of its own a switch is compared with the median one between the same layouts with the same
-    optimizer; without a restart between the same layouts, with the shortest restart there was.
+    optimizer; without a restart of its own, with one between the same layouts with another optimizer, and else with the
+    shortest restart there was.
     """
     restart, ram = (_speedups(switches, other) for other in (_restart_of(restarts), _ram_of(switches)))
     known = [one.ram_same for one in switches if one.ram_same is not None]
@@ -175,7 +176,13 @@ def _ram_of(switches: Sequence[Switched]) -> Callable[[Switched], float | None]:
 
 def _restart_of(restarts: Sequence[Restarted]) -> Callable[[Switched], float | None]:
     def seconds(one: Switched) -> float | None:
-        own = [r.total_s for r in restarts if (r.kind, r.old, r.new) == (one.kind, one.old, one.new)]
-        return _of(min, own or [r.total_s for r in restarts])
+        alike = [r for r in restarts if _sizes(r) == _sizes(one)]
+        own = [r for r in alike if r.kind == one.kind]
+        return _of(min, [r.total_s for r in own or alike or restarts])
 
     return seconds
+
+
+def _sizes(one: Switched | Restarted) -> tuple[str, str]:
+    """From and to what layout, whatever the optimizer."""
+    return one.old.removesuffix(",zero1"), one.new.removesuffix(",zero1")

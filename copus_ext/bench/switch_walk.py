@@ -30,14 +30,13 @@ class Effort:
 
     ``laps`` through it, with ``transports`` repetitions of the raw transport. From the second lap on, each switch is
     done through a checkpoint in folder ``memory`` as well: not before, or it would make the layout's process groups and
-    our first visit find them. Jobs that leave one of the ``saved`` layouts for the first time are saved to ``disk``.
+    our first visit find them. On the first lap each job is saved to ``disk`` before it leaves its layout.
     """
 
     laps: int
     transports: int
     memory: Path | None
     disk: Path | None = None
-    saved: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def measure(bench: SwitchBench, walk: Walk, effort: Effort) -> tuple[list[Switch
     checkpoints: list[Checkpoint] = []
     for lap in range(effort.laps):
         for plan in others:
-            if lap == 0 and effort.disk is not None and str(job.plan.layout) in effort.saved:
+            if lap == 0 and effort.disk is not None:
                 checkpoints.append(_saved(job, plan, walk, effort.disk))
             job, one = _switch(bench, switches, job, plan, walk, effort if lap else replace(effort, memory=None))
             found.append(one)

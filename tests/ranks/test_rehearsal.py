@@ -14,7 +14,7 @@ import pytest
 
 from copus_ext.core.plan import Layout, Plan, parse_plan
 from tests.end_to_end.launch import MOCK, MODEL, TRAINING, Outcome, events_of, launch, losses_of, run_main
-from tests.ranks.harness import run_ranks
+from tests.ranks.harness import run_ranks, skip_without_packages
 
 _BASE = Plan(Layout(dp=4), micro_batch=1, global_batch=8)
 _DROPOUT = "--hidden-dropout 0.1 --attention-dropout 0.1 "
@@ -30,6 +30,7 @@ _JOBS = {  # flags, and layouts to rehearse under them
         "dp4,zero1 pp2,vpp2,dp2,zero1",
     ),
     "experts": (_EXPERTS, "ep2,dp4 tp2,pp2,sp"),
+    "muon in layers": ("--optimizer muon --bf16 ", "dp4,zero1 tp2,dp2,zero1"),
     "context": ("", "cp2,dp2,zero1 tp2,cp2,sp"),
 }
 _OVERRIDES = {"padded_vocab_size": 128}
@@ -74,6 +75,7 @@ def _beside_a_twin(raw: Any, layouts: Any, plan: Plan) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", _JOBS)
 def test_nothing_stays_of_a_rehearsal(name: str) -> None:
+    skip_without_packages(_JOBS[name][0])
     for results in run_ranks(4, _rehearsed, *_JOBS[name]):
         for result in results:
             assert result["found"] == result["expected"], result["plan"]

@@ -43,12 +43,14 @@ def test_first_visits_count_in_the_summary_and_stand_beside_it() -> None:
     assert found["ram_checkpoint_all_same"] is True
 
 
-def test_a_switch_is_compared_with_its_own_restart_and_else_with_the_shortest() -> None:
+def test_a_switch_is_compared_with_its_own_restart_or_one_alike_and_else_with_the_shortest() -> None:
     restarts = [
         Restarted("adam-fp32", "dp4", "dp1,tp4", save_s=1.0, start_s=19.0),
         Restarted("adam-fp32", "dp1,tp4", "dp4", save_s=1.0, start_s=9.0),
     ]
     assert summarise([_switched()], restarts)["speedup_vs_restart_min"] == pytest.approx(40.0)
+    other = _switched(kind="adam-bf16-zero1", old="dp4,zero1", new="dp1,tp4,zero1")
+    assert summarise([other], restarts)["speedup_vs_restart_min"] == pytest.approx(40.0)
     assert summarise([_switched(new="dp1,pp4")], restarts)["speedup_vs_restart_min"] == pytest.approx(20.0)
     assert summarise([_switched()], [])["speedup_vs_restart_min"] is None
 

@@ -47,6 +47,7 @@ def _allowing_context_parallel(build: Any) -> Any:
             raise ValueError("--window-size with --context-parallel-size > 1 needs Transformer Engine")
         without = copy.copy(config)
         without.context_parallel_size = 1
+        without.masked_softmax_fusion = False  # its causal kernel wants as many queries as keys
         build(self, without, *args, **kwargs)
         self.config = config
 

@@ -6,7 +6,8 @@ import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,18 +21,27 @@ _DIRECT_BYTES = 2**18  # from here on a tensor is a message of its own: packing 
 _ALIGNMENT = 64
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Piece:
     """Flat range ``[first, first + n)`` of a local tensor of ``shape``, in each of ``tensors`` (1-D, n long)."""
 
     shape: tuple[int, ...]
     first: int
     tensors: tuple[torch.Tensor, ...]
+    _seen: dict[Any, tuple[torch.Tensor, ...]] = field(default_factory=dict, init=False, repr=False)
 
-    def views(self, start: tuple[int, ...], shape: tuple[int, ...]) -> list[torch.Tensor]:
-        """The box of ``shape`` that starts at local index ``start``, in each of the tensors, without copying."""
-        steps = strides(self.shape)
-        first = sum(i * s for i, s in zip(start, steps, strict=True)) - self.first
-        return [t.as_strided(shape, steps, t.storage_offset() + first) for t in self.tensors]
+    def views(self, start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+        """The box of ``shape`` that starts at local index ``start``, in each of the tensors, without copying.
+
+        What was asked for is kept: a move looks at a box up to three times, and the next one between the same layouts
+        again. Tensors that were emptied and filled meanwhile are still seen where they are.
+        """
+        if (start, shape) not in self._seen:
+            steps = strides(self.shape)
+            first = sum(i * s for i, s in zip(start, steps, strict=True)) - self.first
+            views = tuple(t.as_strided(shape, steps, t.storage_offset() + first) for t in self.tensors)
+            self._seen[start, shape] = views
+        return self._seen[start, shape]
 
     def packed_bytes(self, shape: tuple[int, ...], device: torch.device) -> int:
         """What packing a box of ``shape`` takes at most. The tensors may be hollow."""
@@ -194,7 +204,7 @@ def _messages(views: Iterator[tuple[int, torch.Tensor]]) -> Iterator[Message]:
         yield Message(peer, grouped[peer, dtype])
 
 
-def _views(pieces: Sequence[Piece], holding: Holding) -> list[torch.Tensor]:
+def _views(pieces: Sequence[Piece], holding: Holding) -> tuple[torch.Tensor, ...]:
     return pieces[holding.piece].views(holding.start, holding.box.shape)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ class Side:
     def stage(self) -> None:
         """Copy all pieces into host memory, pinned where there is a device, and read them from there from now on."""
         self.pieces = [
-            piece._replace(tensors=tuple(_on_host(tensor) for tensor in piece.tensors)) for piece in self.pieces
+            replace(piece, tensors=tuple(_on_host(tensor) for tensor in piece.tensors)) for piece in self.pieces
         ]
 
     def unstage(self) -> None:

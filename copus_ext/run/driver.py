@@ -40,6 +40,7 @@ from copus_ext.run.host import Iterators
 from copus_ext.run.knowledge import carried_on, first_knowledge, load_knowledge
 from copus_ext.run.probe import make_probe
 from copus_ext.run.progress import steps_beyond, steps_until
+from copus_ext.run.supported import why_not_under
 from copus_ext.run.switch import LEARNING_RATES, NoMemory, Switcher, SwitchFailed, change_rates
 from copus_ext.run.telemetry import Telemetry, quiet
 from megatron.patches.training_hooks import observing
@@ -174,11 +175,11 @@ class Driver:
         return table.seed(throughput, throughput.seen.steps)
 
     def refusal_of(self, plan: Plan) -> str | None:
-        """Why a plan is refused by the model's sizes or by upstream's own validation; ``None`` where it is not."""
+        """Why a plan is refused by the model's sizes, upstream's own validation or ours; ``None`` where it is not."""
         try:
             with quiet():
                 args = arguments_for(self.raw, plan, **self._overrides(plan, math.inf))  # rates refuse no plan
-            return infeasible_reason(plan, model_shape(args))
+            return infeasible_reason(plan, model_shape(args)) or why_not_under(args)
         except (AssertionError, ValueError, RuntimeError) as error:
             return first_line(error)
 

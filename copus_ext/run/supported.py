@@ -35,6 +35,25 @@ _NOT_WITH_COPUS = {  # what ties a job to the layout it was built with, or its s
 }
 
 
+def why_not_under(args: argparse.Namespace) -> str | None:
+    """What is not known to upstream's validation and keeps a run from going on under a plan; ``None`` where nothing is.
+
+    Args:
+        args: validated, of the plan.
+    """
+    return _window_over_context(args) or (uncovered(args) if _may_move(args) else None)
+
+
+def _may_move(args: argparse.Namespace) -> bool:
+    return not args.no_copus and args.copus_policy.partition(":")[0] != "static"
+
+
+def _window_over_context(args: argparse.Namespace) -> str | None:
+    if args.window_size and args.context_parallel_size > 1 and args.transformer_impl == "local":
+        return "--window-size with --context-parallel-size > 1 needs Transformer Engine"
+    return None
+
+
 def check_supported(raw: argparse.Namespace) -> None:
     """Refuse flags that this program does not serve, or that COPUS can't be combined with.
 
@@ -49,10 +68,8 @@ def check_supported(raw: argparse.Namespace) -> None:
             raise UserError(f"{flag} is not served by this program; use Megatron-LM's own entry point for it")
     if raw.num_experts and raw.add_bias_linear and raw.transformer_impl == "local":
         raise UserError("--num-experts with biases fails in Megatron's local layers; add --disable-bias-linear")
-    if raw.window_size and raw.context_parallel_size > 1 and raw.transformer_impl == "local":
-        raise UserError(
-            "--window-size with --context-parallel-size > 1 needs Transformer Engine; leave one of them out"
-        )
+    if reason := _window_over_context(raw):
+        raise UserError(f"{reason}; leave one of them out")
     if raw.no_copus:
         return
     for name, flag in _NOT_WITH_COPUS.items():
@@ -64,5 +81,5 @@ def check_supported(raw: argparse.Namespace) -> None:
         )
     if raw.cuda_graph_impl != "none":
         raise UserError(f"--cuda-graph-impl {raw.cuda_graph_impl} can't be combined with COPUS yet; leave it out")
-    if raw.copus_policy.partition(":")[0] != "static" and (reason := uncovered(raw)):
+    if _may_move(raw) and (reason := uncovered(raw)):
         raise UserError(f"--copus-policy {raw.copus_policy}: {reason}; use --copus-policy static, or add --no-copus")

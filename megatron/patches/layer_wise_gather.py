@@ -36,7 +36,11 @@ def apply() -> None:
 _OPTIMIZER = "megatron.core.optimizer.layer_wise_optimizer.LayerWiseDistributedOptimizer"
 PATCH = Patch(
     name="layer_wise_gather",
-    upstream=(f"{_OPTIMIZER}.allgather_params", f"{_OPTIMIZER}.broadcast_params"),
+    # Who gets which layer is read off the last two (copus_ext/adapters/meta_model.py).
+    upstream=tuple(
+        f"{_OPTIMIZER}.{name}"
+        for name in ("allgather_params", "broadcast_params", "shard_params", "_shard_params_ping_pong")
+    ),
     why="Muon with a distributed optimizer fails in its first step over gloo, which gathers equal sizes only",
     issue="none known",
     remove_when="gloo gathers unequal sizes, or upstream's builder of models lays weights out in shards of layers",

@@ -58,6 +58,11 @@ CASES = {
     ),
     "plain Megatron, batch not divisible": (MOCK + "--no-copus --global-batch-size 6", (), "--global-batch-size"),
     "experts with biases on the CPU": (MOCK + "--num-experts 4", (), "--disable-bias-linear"),
+    "a scheduled window over context": (
+        MOCK + "--window-size 8,0 --copus-policy schedule",
+        ("--copus-schedule", "0:dp4 16:cp2,dp2"),
+        "--window-size",
+    ),
     "a window over context": (MOCK + "--context-parallel-size 2 --window-size 8,0", (), "--window-size"),
     "a job of another kind": (MOCK + "--sft", (), "--sft"),
     "a flag that ties a job to its layout": (MOCK + "--use-megatron-fsdp", (), "--use-megatron-fsdp"),

@@ -24,10 +24,16 @@ def pass_thrown_away(job: Any, first_sample: int) -> None:
 
 def _my_batches(job: Any, first_sample: int) -> list[dict[str, Any]]:
     """This data-parallel rank's micro-batches, dealt as upstream's sampler deals them."""
+    import torch
+
     from tests.ranks.tiny import random_batches
 
     plan, args = job.plan, job.args
     everything = random_batches(
         plan.num_microbatches * plan.layout.dp, plan.micro_batch, args.seq_length, args.padded_vocab_size, first_sample
     )
+    if args.create_attention_mask_in_dataloader:
+        hidden = torch.ones(args.seq_length, args.seq_length).triu(1).bool()
+        for batch in everything:
+            batch["attention_mask"] = hidden.expand(plan.micro_batch, 1, -1, -1).contiguous()
     return everything[job.groups.dp.rank() :: plan.layout.dp]

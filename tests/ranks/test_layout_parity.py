@@ -35,22 +35,27 @@ EXPERTS = (
 )
 
 
-def curve(flags: str, layout: Layout) -> list[tuple[float | None, ...]]:
-    """Loss and gradient norm of a few steps under ``layout``, as this rank sees them."""
+def curve(flags: str, layout: Layout, masks: bool = False) -> list[tuple[float | None, ...]]:
+    """Loss and gradient norm of a few steps under ``layout``, as this rank sees them.
+
+    ``masks``: batches bring the attention mask with them.
+    """
     from copus_ext.adapters.job import build_job
     from tests.ranks.stepping import one_step
     from tests.ranks.tiny import raw_arguments, start_upstream
 
     plan = Plan(layout, MICRO_BATCH, BATCH)
-    args, _, groups = start_upstream(raw_arguments(flags), plan)
+    raw = raw_arguments(flags)
+    raw.create_attention_mask_in_dataloader = masks
+    args, _, groups = start_upstream(raw, plan)
     job = build_job(plan, args, groups)
     return [tuple(one_step(job, first_sample=BATCH * step)) for step in range(STEPS)]
 
 
 @functools.cache
-def seen_on_the_last_rank(flags: str, layout: Layout) -> list[float]:
+def seen_on_the_last_rank(flags: str, layout: Layout, masks: bool = False) -> list[float]:
     """The curve as one list; the last rank is on the last stage in every layout."""
-    return [value for step in run_ranks(4, curve, flags, layout)[-1] for value in step if value is not None]
+    return [value for step in run_ranks(4, curve, flags, layout, masks)[-1] for value in step if value is not None]
 
 
 @pytest.mark.parametrize(
@@ -73,6 +78,12 @@ def test_every_layout_trains_the_same_model(flags: str, layouts: tuple[Layout, .
     assert first[-2] < first[0], "it does not learn"
     for layout in layouts[1:]:
         assert seen_on_the_last_rank(flags, layout) == pytest.approx(first, rel=tolerance), str(layout)
+
+
+def test_masks_of_the_data_loader_are_cut_as_queries_are() -> None:
+    first = seen_on_the_last_rank("", Layout(dp=4))
+    for layout in (Layout(dp=4), Layout(cp=4), Layout(cp=2, tp=2)):
+        assert seen_on_the_last_rank("", layout, masks=True) == pytest.approx(first, rel=1e-5), str(layout)
 
 
 @pytest.mark.parametrize("flags", ["", "--overlap-grad-reduce --overlap-param-gather", "--bf16"])

@@ -43,11 +43,11 @@ KINDS = {  # flags, plans
     "bf16-muon-experts": ("--optimizer muon --bf16 " + _EXPERTS, "dp4 ep4,dp4 ep2,pp2,dp2 tp2,pp2 ep2,tp2,dp2,sp"),
     "bf16-muon-in-layers": (
         "--optimizer muon --bf16 " + _GATED,
-        "dp4,zero1 tp2,dp2,zero1 pp2,vpp2,dp2,zero1 tp4,zero1 pp4,zero1 cp2,dp2,zero1 dp4",
+        "dp4,zero1 pp2,vpp2,dp2,zero1 tp4,zero1 cp2,dp2,zero1",
     ),
     "bf16-muon-experts-in-layers": (
         "--optimizer muon --bf16 " + _EXPERTS,
-        "dp4,zero1 ep2,dp4,zero1 ep4,dp4,zero1 ep2,pp2,dp2,zero1 ep2,tp2,dp2,sp,zero1",
+        "dp4,zero1 ep2,dp4,zero1 ep4,dp4,zero1 ep2,tp2,dp2,sp,zero1",
     ),
     "bf16-lion-in-layers": ("--optimizer lion --bf16 ", "dp4,zero1 tp2,dp2,zero1"),
     "fp32-muon-and-lion": ("--optimizer muon --muon-scalar-optimizer lion " + _GATED, "tp2,dp2 pp2,vpp2,dp2"),

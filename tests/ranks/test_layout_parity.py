@@ -66,11 +66,9 @@ def seen_on_the_last_rank(flags: str, layout: Layout, masks: bool = False) -> li
         ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", LAYOUTS[1::3], 1e-5),
         ("--bf16", LAYOUTS[::2], 2e-2),
         (EXPERTS, (Layout(dp=4), Layout(dp=4, ep=2), Layout(dp=4, ep=4), Layout(dp=2, pp=2, ep=2)), 1e-5),
-        ("--position-embedding-type learned_absolute ", CONTEXT_PARALLEL, 1e-5),
-        (MODERN, CONTEXT_PARALLEL, 1e-5),
-        (EXPERTS, (Layout(dp=4), Layout(dp=2, cp=2, ep=2), Layout(cp=4, ep=4), CONTEXT_PARALLEL[3]), 1e-5),
+        (MODERN + "--position-embedding-type learned_absolute ", CONTEXT_PARALLEL, 1e-5),
     ],
-    ids=["gpt", "llama-like", "recompute", "bf16", "experts", "cp", "cp-llama-like", "cp-experts"],
+    ids=["gpt", "llama-like", "recompute", "bf16", "experts", "cp"],
 )
 def test_every_layout_trains_the_same_model(flags: str, layouts: tuple[Layout, ...], tolerance: float) -> None:
     first = seen_on_the_last_rank(flags, layouts[0])
@@ -82,8 +80,7 @@ def test_every_layout_trains_the_same_model(flags: str, layouts: tuple[Layout, .
 
 def test_masks_of_the_data_loader_are_cut_as_queries_are() -> None:
     first = seen_on_the_last_rank("", Layout(dp=4))
-    for layout in (Layout(dp=4), Layout(cp=4), Layout(cp=2, tp=2)):
-        assert seen_on_the_last_rank("", layout, masks=True) == pytest.approx(first, rel=1e-5), str(layout)
+    assert seen_on_the_last_rank("", Layout(cp=2, tp=2), masks=True) == pytest.approx(first, rel=1e-5)
 
 
 @pytest.mark.parametrize("flags", ["", "--overlap-grad-reduce --overlap-param-gather", "--bf16"])

@@ -66,8 +66,10 @@ def _holdings_of_stage(seat: Seat, args: argparse.Namespace, with_moments: bool)
     whole = shards_of(optimizer)
     if args.use_distributed_optimizer:
         shards = _sharded(whole, chunks, seat.groups)
+    elif is_layer_wise(args):
+        shards = _in_layers(_in_fp32(whole), optimizer)
     else:
-        shards = _in_layers(_unsharded(whole), optimizer) if is_layer_wise(args) else _unsharded(whole)
+        shards = _Shards([_in_fp32(whole)], [{}])  # every rank keeps all
     found: dict[int, list[Holding]] = {}
     for rank in seat.groups.tp_dp_cp.ranks:
         if rank not in found:
@@ -104,21 +106,18 @@ class _Shards(NamedTuple):
     expert: Sequence[dict[int, Shard]]
 
 
-def _unsharded(whole: Mapping[int, Shard]) -> _Shards:
-    """Every rank keeps all: an fp32 copy of what is in half precision."""
-    kept = {parameter: shard._replace(main=shard.main.detach().float()) for parameter, shard in whole.items()}
-    return _Shards([kept], [{}])
+def _in_fp32(whole: Mapping[int, Shard]) -> dict[int, Shard]:
+    """With fp32 copies of what is in half precision."""
+    return {parameter: shard._replace(main=shard.main.detach().float()) for parameter, shard in whole.items()}
 
 
-def _in_layers(shards: _Shards, optimizer: WholeLayers) -> _Shards:
-    """Every parameter is one rank's of the group."""
-    (kept,) = shards.dense
+def _in_layers(kept: Mapping[int, Shard], optimizer: WholeLayers) -> _Shards:
+    """Every parameter is one rank's of its group. Upstream makes no lists for groups of one rank: it keeps all."""
     given = [optimizer.dp_cp_params_list, optimizer.expt_dp_params_list]
     dense, expert = ([{id(p): kept[id(p)] for p in parameters} for parameters in one or []] for one in given)
-    owned = {parameter for place in (*dense, *expert) for parameter in place}
-    # Upstream makes no list for a group of one rank.
-    alone = [{parameter: shard for parameter, shard in kept.items() if parameter not in owned}]
-    return _Shards(dense or alone, expert or (alone if dense else [{}]))
+    shared_out = {parameter for place in (*dense, *expert) for parameter in place}
+    alone = {parameter: shard for parameter, shard in kept.items() if parameter not in shared_out}
+    return _Shards([place | alone for place in dense or [{}]], expert or [{}])
 
 
 def _sharded(whole: Mapping[int, Shard], chunks: list[Chunk], groups: ProcessGroupCollection) -> _Shards:

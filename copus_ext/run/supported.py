@@ -6,6 +6,7 @@ import argparse
 
 from copus_ext.adapters.job_state import uncovered
 from copus_ext.core.errors import UserError
+from megatron.patches import local_context_parallel
 
 _NOT_SERVED = {  # jobs that take other batches or losses than GPT pre-training, by argument name
     "sft": "--sft",
@@ -49,9 +50,7 @@ def _may_move(args: argparse.Namespace) -> bool:
 
 
 def _window_over_context(args: argparse.Namespace) -> str | None:
-    if args.window_size and args.context_parallel_size > 1 and args.transformer_impl == "local":
-        return "--window-size with --context-parallel-size > 1 needs Transformer Engine"
-    return None
+    return local_context_parallel.why_refused(args) if args.transformer_impl == "local" else None
 
 
 def check_supported(raw: argparse.Namespace) -> None:

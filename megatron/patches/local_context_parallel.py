@@ -30,11 +30,19 @@ def in_sequence_order(gathered: torch.Tensor, cp: int) -> torch.Tensor:
     return torch.cat([chunks[held.index(chunk)] for chunk in range(2 * cp)])
 
 
+@functools.lru_cache(maxsize=32)  # as upstream's causal mask: every layer asks for the same one
 def hidden_from(rank: int, cp: int, length: int, device: torch.device) -> torch.Tensor:
     """[1, 1, length / cp, length] bool: true where a key of the sequence comes behind a query of this rank."""
     positions = torch.arange(length, device=device)
     queries = torch.cat([positions.chunk(2 * cp)[chunk] for chunk in chunks_of(rank, cp)])
     return (positions > queries[:, None])[None, None]
+
+
+def why_refused(config: Any) -> str | None:
+    """Why torch's attention can't do what a configuration, or arguments, ask for; ``None`` where it can."""
+    if config.context_parallel_size > 1 and config.window_size is not None:
+        return "--window-size with --context-parallel-size > 1 needs Transformer Engine"
+    return None
 
 
 def _allowing_context_parallel(build: Any) -> Any:
@@ -43,8 +51,8 @@ def _allowing_context_parallel(build: Any) -> Any:
         if config.context_parallel_size == 1:
             build(self, config, *args, **kwargs)
             return
-        if config.window_size is not None:
-            raise ValueError("--window-size with --context-parallel-size > 1 needs Transformer Engine")
+        if reason := why_refused(config):
+            raise ValueError(reason)
         without = copy.copy(config)
         without.context_parallel_size = 1
         without.masked_softmax_fusion = False  # its causal kernel wants as many queries as keys

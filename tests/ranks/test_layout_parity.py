@@ -9,6 +9,7 @@ import pytest
 
 from copus_ext.core.plan import Layout, Plan
 from tests.ranks.harness import run_ranks
+from tests.ranks.test_gradient_noise import CONTEXT_PARALLEL, EXPERTS
 
 STEPS = 3
 BATCH, MICRO_BATCH = 16, 2
@@ -21,18 +22,7 @@ LAYOUTS = (
     Layout(tp=2, pp=2),
     Layout(dp=2, pp=2, vpp=2),
 )
-CONTEXT_PARALLEL = (
-    Layout(dp=4),
-    Layout(dp=2, cp=2),
-    Layout(cp=4),
-    Layout(cp=2, tp=2, sequence_parallel=True),
-    Layout(cp=2, pp=2, distributed_optimizer=True),
-)
 MODERN = "--swiglu --group-query-attention --num-query-groups 4 --normalization RMSNorm --disable-bias-linear "
-EXPERTS = (
-    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-token-dispatcher-type allgather "
-    "--moe-router-load-balancing-type none --disable-bias-linear "
-)
 
 
 def curve(flags: str, layout: Layout, masks: bool = False) -> list[tuple[float | None, ...]]:
@@ -66,7 +56,7 @@ def seen_on_the_last_rank(flags: str, layout: Layout, masks: bool = False) -> li
         ("--recompute-granularity full --recompute-method uniform --recompute-num-layers 1", LAYOUTS[1::3], 1e-5),
         ("--bf16", LAYOUTS[::2], 2e-2),
         (EXPERTS, (Layout(dp=4), Layout(dp=4, ep=2), Layout(dp=4, ep=4), Layout(dp=2, pp=2, ep=2)), 1e-5),
-        (MODERN + "--position-embedding-type learned_absolute ", CONTEXT_PARALLEL, 1e-5),
+        (MODERN + "--position-embedding-type learned_absolute ", (Layout(dp=4), *CONTEXT_PARALLEL), 1e-5),
     ],
     ids=["gpt", "llama-like", "recompute", "bf16", "experts", "cp"],
 )
